@@ -1,0 +1,40 @@
+"""Laws: noise, the law of the next token, drafts, and the rules that turn drafts into tokens.
+
+Imports torch and nothing else. Knows no models, caches or text (beyond a `decode` function it is handed).
+"""
+
+from outpace.laws.dice import Dice, Key, NoiseDice, draw
+from outpace.laws.noise import Noise, Stream
+from outpace.laws.rules import GUARANTEES, RULES, Guarantee, Rule, RuleName, Walk, find_rule
+from outpace.laws.settings import Processor, Settings, check_names
+from outpace.laws.stopping import Decode, IncrementalText, Stopping, StopReason, Verdict
+from outpace.laws.tree import Draft, DraftKind, Tree
+from outpace.laws.warp import Sampler
+
+__all__ = [
+    "GUARANTEES",
+    "RULES",
+    "Decode",
+    "Dice",
+    "Draft",
+    "DraftKind",
+    "Guarantee",
+    "IncrementalText",
+    "Key",
+    "Noise",
+    "NoiseDice",
+    "Processor",
+    "Rule",
+    "RuleName",
+    "Sampler",
+    "Settings",
+    "StopReason",
+    "Stopping",
+    "Stream",
+    "Tree",
+    "Verdict",
+    "Walk",
+    "check_names",
+    "draw",
+    "find_rule",
+]

@@ -1,0 +1,87 @@
+"""The two questions a rule may put to chance: draw a token, accept a token.
+
+Rules never see a random number. They ask a `Dice`; in production it answers from counter-based noise, in the
+certificate it answers with every possible outcome in turn (`laws.certificate`), so that the code which is proved
+is the code which runs.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol
+
+import torch
+
+from outpace.errors import LawError
+from outpace.laws.noise import Noise, Stream
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+NoiseKind = Literal["uniform", "gumbel"]
+
+
+class Key(NamedTuple):
+    """Names one random number of a request: same key, same number."""
+
+    stream: Stream
+    position: int
+    index: int = 0
+    round_index: int = 0
+
+
+class Dice(Protocol):
+    """Answers a rule's questions."""
+
+    def draw(self, weights: Tensor, key: Key) -> int:
+        """A token id drawn in proportion to `weights` [V] (non-negative, not all zero)."""
+
+    def accept(self, p: float, q: float, key: Key) -> bool:
+        """True with probability min(1, p / q)."""
+
+
+def draw(weights: Tensor, u: float) -> int:
+    """Inverse CDF over token ids: the first id whose cumulated weight exceeds u times the total.
+
+    weights: [V], non-negative, any float dtype; they need not sum to one. The sum runs in float64, so a law over
+    200k ids loses nothing. Never returns an id of zero weight, for any u in [0, 1).
+
+    Raises:
+        LawError: if the weights have no mass or are not finite.
+    """
+    cumulated = torch.cumsum(weights, 0, dtype=torch.float64)
+    total = float(cumulated[-1])
+    if not 0.0 < total < float("inf"):
+        raise LawError(
+            f"cannot draw a token: the weights of {weights.shape[0]} ids sum to {total}; "
+            "a logits processor may have forbidden every token, or the model produced NaN"
+        )
+    index = int(torch.searchsorted(cumulated, u * total, right=True))
+    if index >= weights.shape[0]:
+        index = int(torch.nonzero(weights)[-1])
+    return index
+
+
+class NoiseDice:
+    """Dice of one request, answering from `Noise`."""
+
+    def __init__(self, noise: Noise, request: int, kind: NoiseKind = "uniform") -> None:
+        self.noise = noise
+        self.request = request
+        self.kind = kind
+
+    def uniform(self, key: Key) -> float:
+        """The number behind a key, in [0, 1)."""
+        return self.noise.uniform(
+            self.request, key.position, key.stream, round_index=key.round_index, index=key.index
+        )
+
+    def draw(self, weights: Tensor, key: Key) -> int:
+        """Inverse CDF at the key's number; with Gumbel noise (path stream only) the arg-max of log p + g."""
+        if self.kind == "gumbel" and key.stream is Stream.PATH:
+            g = self.noise.gumbel(self.request, key.position, weights.shape[0], weights.device)
+            return int(torch.argmax(torch.log(weights.double()) + g))
+        return draw(weights, self.uniform(key))
+
+    def accept(self, p: float, q: float, key: Key) -> bool:
+        """u * q < p: always when p >= q, never when p is zero (no division, no u <= 0 case)."""
+        return self.uniform(key) * q < p
