@@ -1,0 +1,22 @@
+"""The target: a Hugging Face causal language model that can run a block of rows behind a ragged cache."""
+
+from outpace.target.adapters import GatedLoRA
+from outpace.target.block import Block, Readout, Scouts
+from outpace.target.cache import BlockCache, CacheIntegrityError
+from outpace.target.families import FAMILIES, Family
+from outpace.target.loading import Tokenizer
+from outpace.target.model import Passing, Target
+
+__all__ = [
+    "FAMILIES",
+    "Block",
+    "BlockCache",
+    "CacheIntegrityError",
+    "Family",
+    "GatedLoRA",
+    "Passing",
+    "Readout",
+    "Scouts",
+    "Target",
+    "Tokenizer",
+]

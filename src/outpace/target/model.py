@@ -1,0 +1,340 @@
+"""A Hugging Face causal language model that can run a block of rows behind a ragged cache.
+
+Knows no drafters, no requests and no text. The model's modules are used as they are; nothing is patched for good.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from outpace.errors import ConfigError, UnsupportedError
+from outpace.target import attention
+from outpace.target.adapters import GatedLoRA, Gate, attach
+from outpace.target.block import Block, Readout
+from outpace.target.cache import BlockCache
+from outpace.target.families import Family, find_family, layer_types, part, refuse_what_cannot_rewind
+from outpace.target.generic import GenericRunner
+from outpace.target.masks import additive_mask, block_visibility
+from outpace.target.taps import check_taps
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from outpace.target.loading import Tokenizer
+
+PREFILL_CHUNK = 512  # rows of one prefill pass: bounds the memory of masks and activations
+
+
+@dataclass(slots=True)
+class Passing:
+    """A pass that has been begun and not finished: hidden states between two layers."""
+
+    block: Block
+    cache: BlockCache
+    hidden: Tensor
+    next_layer: int
+    taps: dict[str, Tensor]
+    wanted: frozenset[str]
+
+
+class Target:
+    """A model whose text is to be produced faster.
+
+    Args:
+        model: any decoder-only `transformers` model; used in place, its weights, dtype and device are the caller's.
+        tokenizer: its tokenizer, or None for work on token ids.
+        name: what reports call it.
+
+    Attributes:
+        family: row of the family table, or None (the model's own `forward` runs the pass).
+        layer_ids: indices of the layers that run; fewer than all in a `view`.
+        vocabulary: width of the logits. context: most positions the model was made for.
+        eos: ids that end a sequence, from the generation config.
+
+    Raises:
+        UnsupportedError: for models that cannot take back a rejected token, with the reason.
+    """
+
+    def __init__(self, model: nn.Module, tokenizer: Tokenizer | None = None, *, name: str | None = None) -> None:
+        refuse_what_cannot_rewind(model)
+        attention.register()
+        self.model: Any = model.eval()
+        self.tokenizer = tokenizer
+        self.config: Any = model.config
+        self.name = name or getattr(self.config, "_name_or_path", "") or type(model).__name__
+        self.family: Family | None = find_family(self.config)
+        self.layers_total = int(self.config.num_hidden_layers)
+        self.layer_ids: tuple[int, ...] = tuple(range(self.layers_total))
+        self.layer_types = layer_types(self.config, self.family)
+        self.window: int | None = getattr(self.config, "sliding_window", None)
+        self.vocabulary = int(self.config.vocab_size)
+        self.hidden_size = int(self.config.hidden_size)
+        self.context = int(getattr(self.config, "max_position_embeddings", 0) or 1 << 30)
+        self.eos = _eos_ids(model)
+        self._gate = Gate()
+        self._generic: GenericRunner | None = None
+        if self.family is None:
+            self._generic = GenericRunner(self)
+            self._generic.probe()
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name_or_path: str | os.PathLike[str],
+        *,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+        gguf_file: str | None = None,
+        revision: str | None = None,
+        trust_remote_code: bool = False,
+    ) -> Target:
+        """Load a model and its tokenizer by alias (`smollm2`), hub name, local directory or `.gguf` file.
+
+        Args:
+            name_or_path: what to load.
+            dtype: weights' dtype; None: bfloat16 where the device computes in it, else float32.
+            device: where to put it; None: CUDA if there is one, else CPU.
+            gguf_file: name of a GGUF file inside a hub repository or directory.
+            revision: hub revision.
+            trust_remote_code: run code that comes with the model; off unless asked for.
+
+        Raises:
+            CheckpointError: if nothing is there, with what to type instead.
+            MissingExtraError: for a GGUF file without the `gguf` extra.
+            UnsupportedError: for models outpace cannot decode.
+        """
+        from outpace.target.loading import load
+
+        model, tokenizer, name = load(
+            os.fspath(name_or_path),
+            dtype=dtype,
+            device=device,
+            gguf_file=gguf_file,
+            revision=revision,
+            trust_remote_code=trust_remote_code,
+        )
+        return cls(model, tokenizer, name=name)
+
+    def __repr__(self) -> str:
+        family = self.family.name if self.family else "own forward"
+        return f"Target({self.name!r}, {family}, {len(self.layer_ids)}/{self.layers_total} layers, {self.dtype}, {self.device})"
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model's first parameter is."""
+        return next(self.model.parameters()).device  # type: ignore[no-any-return]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of the model's first parameter."""
+        return next(self.model.parameters()).dtype  # type: ignore[no-any-return]
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of weights one pass reads (tied weights once)."""
+        return sum(p.numel() * p.element_size() for p in self.model.parameters())
+
+    def new_cache(self, *, slots: int = 1, capacity: int = 256) -> BlockCache:
+        """An empty cache for this model (and for every view of it)."""
+        return BlockCache(self.layers_total, slots=slots, capacity=capacity)
+
+    def view(self, layers: Collection[int]) -> Target:
+        """The same model with some layers only: shares weights, adapters and caches.
+
+        What a view writes into a shared cache belongs under `BlockCache.scratch()`: it is computed from other hidden
+        states than the target's own, and is overwritten when the target verifies.
+
+        Raises:
+            UnsupportedError: for a model outside the family table.
+            ConfigError: on layers the model does not have.
+        """
+        if self.family is None:
+            raise UnsupportedError(
+                f"{self.config.model_type} is outside the family table, so its layers cannot be skipped one by one; "
+                "see outpace.target.families to add a row"
+            )
+        chosen = tuple(sorted(set(layers)))
+        if not chosen or not set(chosen) <= set(range(self.layers_total)):
+            raise ConfigError(f"view wants layers {list(layers)}; {self.name} has layers 0 to {self.layers_total - 1}")
+        other = object.__new__(Target)
+        other.__dict__.update(self.__dict__)
+        other.layer_ids = chosen
+        return other
+
+    @contextmanager
+    def adapted(self, adapter: GatedLoRA) -> Iterator[None]:
+        """Attach a row-gated adapter for the duration of the block; only gated rows of a pass feel it.
+
+        Raises:
+            CheckpointError: if the adapter does not fit the model.
+        """
+        handles = attach(self.model, adapter, self._gate)
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        """Input embeddings of token ids, scaled as the family does: [...] int64 -> [..., H]."""
+        return self.model.get_input_embeddings()(tokens)  # type: ignore[no-any-return]
+
+    def run(
+        self, block: Block, cache: BlockCache, *, taps: Collection[str] = (), logits: bool = True
+    ) -> Readout:
+        """One pass over a block: writes its keys and values into the cache (open until committed or dropped).
+
+        Args:
+            block: rows to run.
+            cache: the cache of the requests in slots block.first .. block.first + B - 1.
+            taps: named hidden states to capture: "embed", "in:k", "out:k", "pre_norm", "post_norm".
+            logits: whether main rows need logits (prefill does not).
+
+        Raises:
+            ConfigError: on an unknown tap. UnsupportedError: on a tap or scout the model cannot give.
+        """
+        if self._generic is not None:
+            return self._generic.run(block, cache, taps=taps, logits=logits)
+        return self.finish(self.begin(block, cache, upto=self.layers_total, taps=taps), logits=logits)
+
+    def begin(self, block: Block, cache: BlockCache, *, upto: int, taps: Collection[str] = ()) -> Passing:
+        """Run a block through the layers below `upto` and stop there; `finish` does the rest.
+
+        Raises:
+            UnsupportedError: for a model outside the family table.
+        """
+        if self.family is None:
+            raise UnsupportedError(f"{self.config.model_type} runs through its own forward and cannot stop in the middle")
+        wanted = check_taps(taps, self.layers_total)
+        rows = block.rows + (block.scouts.count if block.scouts else 0)
+        cache.open(block.first, block.tokens.shape[0], rows)
+        hidden = self.embed(block.tokens)
+        passing = Passing(block, cache, hidden, 0, {}, wanted)
+        if block.scouts is not None and block.scouts.enter == 0:
+            scouts = block.scouts
+            new = scouts.embeds if scouts.embeds is not None else self.embed(scouts.tokens)  # type: ignore[arg-type]
+            passing.hidden = torch.cat([hidden, new.to(hidden.dtype)], 1)
+        if "embed" in wanted:
+            passing.taps["embed"] = passing.hidden
+        return self._advance(passing, upto)
+
+    def finish(self, passing: Passing, *, logits: bool = True) -> Readout:
+        """Complete a pass: remaining layers, norm and head."""
+        assert self.family is not None  # begin refused otherwise
+        passing = self._advance(passing, self.layers_total)
+        hidden, taps, rows = passing.hidden, passing.taps, passing.block.rows
+        scouts = passing.block.scouts
+        if "pre_norm" in passing.wanted:
+            taps["pre_norm"] = hidden
+        wants_scouts = scouts is not None and scouts.logits
+        if not logits and not wants_scouts and "post_norm" not in passing.wanted:
+            return Readout(None, None, taps)
+        normed = part(self.model, self.family.norm)(hidden)
+        if "post_norm" in passing.wanted:
+            taps["post_norm"] = normed
+        head = part(self.model, self.family.head)
+        if logits and wants_scouts:
+            both = head(normed)
+            return Readout(both[:, :rows], both[:, rows:], taps)
+        return Readout(
+            head(normed[:, :rows]) if logits else None, head(normed[:, rows:]) if wants_scouts else None, taps
+        )
+
+    def _advance(self, passing: Passing, upto: int) -> Passing:
+        """Run the layers of this view from where the pass stands up to (not including) `upto`."""
+        assert self.family is not None
+        block, cache = passing.block, passing.cache
+        stages = self._stages(block, passing.next_layer, upto)
+        layers = part(self.model, self.family.layers)
+        for start, end, with_scouts in stages:
+            if start == end:
+                continue
+            if with_scouts and block.scouts is not None and passing.hidden.shape[1] == block.rows:
+                build = block.scouts.build
+                assert build is not None  # scouts entering at 0 joined in begin
+                passing.hidden = torch.cat([passing.hidden, build(passing.hidden).to(passing.hidden.dtype)], 1)
+            self._run_layers(passing, layers, range(start, end), cache)
+        passing.next_layer = upto
+        return passing
+
+    def _stages(self, block: Block, start: int, upto: int) -> list[tuple[int, int, bool]]:
+        """Ranges of layers with a constant set of rows."""
+        if block.scouts is None:
+            return [(start, upto, False)]
+        enter = min(max(block.scouts.enter, start), upto)
+        return [(start, enter, False), (enter, upto, True)]
+
+    def _run_layers(self, passing: Passing, layers: Any, ids: range, cache: BlockCache) -> None:
+        assert self.family is not None
+        block, hidden, wanted = passing.block, passing.hidden, passing.wanted
+        joined = hidden.shape[1] > block.rows
+        sees, positions = block_visibility(block) if joined else (block.sees, block.positions)
+        lengths = cache.lengths[block.first : block.first + block.tokens.shape[0]]
+        groups = int(self.config.num_attention_heads) // int(getattr(self.config, "num_key_value_heads", 0) or 1)
+        rotary = part(self.model, self.family.rotary)
+        masks: dict[str, Tensor | None] = {}
+        angles: dict[str, tuple[Tensor, Tensor]] = {}
+        for kind in {self.layer_types[layer] for layer in self.layer_ids}:
+            window = self.window if kind == "sliding_attention" else None
+            masks[kind] = attention.tile(additive_mask(sees, positions, lengths, hidden.dtype, window), groups)
+            if self.family.rotary_by_type:
+                angles[kind] = rotary(hidden, positions, kind)
+            elif not angles:
+                angles[kind] = rotary(hidden, positions)
+            else:
+                angles[kind] = next(iter(angles.values()))
+        if joined and block.scouts is not None and block.scouts.gated:
+            gate = torch.zeros(hidden.shape[:2], dtype=torch.bool, device=hidden.device)
+            gate[:, block.rows :] = True
+            self._gate.rows = gate
+        try:
+            with attention.use_grouped_attention(self.config):
+                for layer in ids:
+                    if layer not in self.layer_ids:
+                        continue
+                    if f"in:{layer}" in wanted:
+                        passing.taps[f"in:{layer}"] = hidden
+                    kind = self.layer_types[layer]
+                    hidden = layers[layer](
+                        hidden,
+                        attention_mask=masks[kind],
+                        position_embeddings=angles[kind],
+                        position_ids=positions,
+                        past_key_values=cache,
+                        use_cache=True,
+                    )
+                    if f"out:{layer}" in wanted:
+                        passing.taps[f"out:{layer}"] = hidden
+        finally:
+            self._gate.rows = None
+        passing.hidden = hidden
+
+    def prefill(
+        self, tokens: Sequence[int], cache: BlockCache, *, slot: int = 0, taps: Collection[str] = ()
+    ) -> dict[str, Tensor]:
+        """Read tokens into a slot, behind what it holds, in chunks; returns the taps over all of them, [1, L, H]."""
+        parts: dict[str, list[Tensor]] = {}
+        for start in range(0, len(tokens), PREFILL_CHUNK):
+            chunk = list(tokens[start : start + PREFILL_CHUNK])
+            block = Block.chain([chunk], [cache.lengths[slot]], self.device, first=slot)
+            read = self.run(block, cache, taps=taps, logits=False)
+            cache.commit([range(len(chunk))])
+            for name, value in read.taps.items():
+                parts.setdefault(name, []).append(value)
+        return {name: torch.cat(values, 1) for name, values in parts.items()}
+
+
+def _eos_ids(model: nn.Module) -> tuple[int, ...]:
+    """End-of-sequence ids, from the generation config first: instruct models often name several there."""
+    for source in (getattr(model, "generation_config", None), model.config):
+        found = getattr(source, "eos_token_id", None)
+        if found is not None:
+            return tuple(found) if isinstance(found, list | tuple) else (int(found),)
+    return ()
