@@ -112,6 +112,13 @@ class Tree:
         laws = None if self.laws is None else self.laws[[0, *(node + 1 for node in kept)]]
         return Tree([self.tokens[n] for n in kept], [new[self.parents[n]] for n in kept], self.kind, laws)
 
+    def first(self, count: int) -> Tree:
+        """The first `count` nodes (parents come before children, so this is a tree)."""
+        if len(self.tokens) <= count:
+            return self
+        laws = None if self.laws is None else self.laws[: count + 1]
+        return Tree(self.tokens[:count], self.parents[:count], self.kind, laws)
+
     def check(self, vocabulary: int, origin: str) -> None:
         """Refuse what is not a draft; ids and parents that come from drafters are untrusted.
 

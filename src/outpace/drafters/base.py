@@ -1,0 +1,144 @@
+"""The contract of a drafter: what it reads, and three verbs. Nothing else of it is known to the engine.
+
+    start(context, request, taps)   a request's prompt is prefilled; its taps are at hand
+    propose(context) -> Draft       guess; scouts(context, draft) may add rows that serve the next guess
+    observe(context, walks, read)   learn from what was accepted
+
+A drafter never changes a token. It sees committed tokens only, keeps what it likes per request, and may be wrong as
+often as it wants to: that costs time.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, ClassVar
+
+from outpace.laws import Draft, DraftKind, Sampler, Tree, Walk
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from outpace.target import BlockCache, GatedLoRA, Readout, Scouts, Target
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Needs:
+    """What a drafter reads and rides.
+
+    Attributes:
+        taps: hidden states of the target to capture in prefill and rounds.
+        scouts: it adds rows to the pass.
+        noise: it reads the path's random numbers (allowed under rule="path" only).
+        adapter: it brings a row-gated adapter for its scouts.
+    """
+
+    taps: frozenset[str] = frozenset()
+    scouts: bool = False
+    noise: bool = False
+    adapter: bool = False
+
+
+@dataclass(eq=False)
+class RequestContext:
+    """What a drafter may know of one request. Owned by the engine; drafters only read.
+
+    Attributes:
+        tokens: every committed token, prompt included; the last one is the root, not yet in the target's cache.
+        prompt_length: how many of them are the prompt.
+        sampler: the request's law and dice.
+        remaining: tokens that may still be emitted; a draft deeper than remaining - 1 is cut.
+        round_index: rounds this request has been through.
+        speculate: False while the engine has stood down for this request: propose an empty tree.
+    """
+
+    tokens: list[int]
+    prompt_length: int
+    sampler: Sampler
+    remaining: int
+    round_index: int = 0
+    speculate: bool = True
+
+    @property
+    def root(self) -> int:
+        """The last committed token."""
+        return self.tokens[-1]
+
+    @property
+    def position(self) -> int:
+        """Absolute position of the root."""
+        return len(self.tokens) - 1
+
+    @property
+    def depth_limit(self) -> int:
+        """Deepest draft that can still be useful."""
+        return max(0, self.remaining - 1)
+
+
+@dataclass(eq=False)
+class Context:
+    """The batch of a round: requests in slot order, the target and its cache."""
+
+    target: Target
+    cache: BlockCache
+    requests: list[RequestContext] = field(default_factory=list)
+
+
+class Drafter(ABC):
+    """A guesser of tokens.
+
+    Attributes:
+        name: word for flags, logs and reports.
+        needs: what it reads and rides.
+        kind: how its drafts come about; the rejection rules accept sampled kinds only.
+        adapter: the row-gated adapter of its scouts, if it needs one.
+    """
+
+    name: ClassVar[str]
+    needs: Needs = Needs()
+    kind: DraftKind = "deterministic"
+    adapter: GatedLoRA | None = None
+
+    def fit(self, target: Target) -> None:
+        """Check that this drafter was made for that target; called once, when an engine takes it.
+
+        Raises:
+            CheckpointError: if it was not, saying what differs.
+        """
+        del target
+
+    def start(self, context: Context, request: RequestContext, taps: Mapping[str, Tensor]) -> None:
+        """A request joins: its prompt except the root is in the target's cache.
+
+        taps: captured over those tokens, [1, L - 1, H] each.
+        """
+        del context, request, taps
+
+    @abstractmethod
+    def propose(self, context: Context) -> Draft:
+        """One tree per request of the context, in its order; an empty tree where there is nothing to say."""
+
+    def scouts(self, context: Context, draft: Draft) -> Scouts | None:
+        """Rows to add to the pass that verifies `draft` (its width + 1 main rows: root first, then the nodes)."""
+        del context, draft
+        return None
+
+    def observe(self, context: Context, walks: Sequence[Walk], read: Readout) -> None:
+        """The round's outcome: the accepted path of each request, taps and scout logits.
+
+        Called before the emitted tokens join `request.tokens`; `walk.tokens` are cut at a stop.
+        """
+        del context, walks, read
+
+
+class TokenDrafter(Drafter):
+    """A drafter that needs the tokens of one request at a time, and nothing else."""
+
+    @abstractmethod
+    def guess(self, request: RequestContext) -> Tree:
+        """The tree for one request."""
+
+    def propose(self, context: Context) -> Draft:
+        """`guess` for each request that speculates."""
+        return Draft.of([self.guess(r) if r.speculate else Tree() for r in context.requests])

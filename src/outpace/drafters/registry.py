@@ -1,0 +1,104 @@
+"""Names of drafters. A literal table of lazy targets; third parties join by the entry point group `outpace.drafters`."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from importlib import metadata
+from typing import Any, Final
+
+from outpace.drafters.base import Drafter
+from outpace.errors import ConfigError, suggestion
+
+DRAFTERS: Final[dict[str, str]] = {
+    "prompt_lookup": "outpace.drafters.prompt_lookup:PromptLookup",
+    "suffix": "outpace.drafters.suffix:Suffix",
+    "draft_model": "outpace.drafters.draft_model:DraftModel",
+    "layer_skip": "outpace.drafters.layer_skip:LayerSkip",
+    "lookahead": "outpace.drafters.lookahead:Lookahead",
+}
+
+ENTRY_POINTS: Final = "outpace.drafters"
+
+
+def drafter_names() -> dict[str, str]:
+    """Every known name and where it lives, third parties' included.
+
+    Raises:
+        ConfigError: if two packages claim one name.
+    """
+    names = dict(DRAFTERS)
+    for point in metadata.entry_points(group=ENTRY_POINTS):
+        if point.name in names and names[point.name] != point.value:
+            raise ConfigError(f"drafter {point.name!r} is claimed by {names[point.name]} and by {point.value}")
+        names[point.name] = point.value
+    return names
+
+
+def make_drafter(spec: str | Drafter | None) -> Drafter | None:
+    """A drafter from what a user wrote.
+
+    "none" (plain decoding), "suffix", "suffix:draft_len=12,max_depth=16", or several joined by "+" to merge their
+    drafts into one tree: "prompt_lookup+suffix".
+
+    Raises:
+        ConfigError: on an unknown name or option, with the closest known one.
+    """
+    if spec is None or isinstance(spec, Drafter):
+        return spec
+    if spec == "none":
+        return None
+    parts = [_make_one(part.strip()) for part in spec.split("+")]
+    if len(parts) == 1:
+        return parts[0]
+    from outpace.drafters.merged import Merged
+
+    return Merged(parts)
+
+
+def _make_one(spec: str) -> Drafter:
+    name, _, rest = spec.partition(":")
+    known = drafter_names()
+    if name not in known:
+        raise ConfigError(f"unknown drafter {name!r}; {suggestion(name, [*known, 'none'])}")
+    module, _, attribute = known[name].partition(":")
+    cls = getattr(importlib.import_module(module), attribute)
+    options = _options(name, cls, rest)
+    try:
+        drafter = cls(**options)
+    except TypeError as error:
+        raise ConfigError(f"drafter {name!r} cannot be made: {error}; options: {_signature(cls)}") from error
+    if not isinstance(drafter, Drafter):
+        raise ConfigError(f"drafter {name!r} ({known[name]}) is not a subclass of outpace.drafters.Drafter")
+    return drafter
+
+
+def _options(name: str, cls: type, text: str) -> dict[str, Any]:
+    """ "a=1,b=x" as keyword arguments of a constructor, converted by its defaults."""
+    parameters = inspect.signature(cls).parameters
+    options: dict[str, Any] = {}
+    for item in filter(None, text.split(",")):
+        key, equals, value = item.partition("=")
+        if key not in parameters:
+            raise ConfigError(f"drafter {name!r} has no option {key!r}; {suggestion(key, parameters)}")
+        if not equals:
+            raise ConfigError(f"option {key!r} of drafter {name!r} needs a value: {name}:{key}=...")
+        options[key] = _convert(name, key, value, parameters[key].default)
+    return options
+
+
+def _convert(name: str, key: str, value: str, default: Any) -> Any:
+    try:
+        if isinstance(default, bool):
+            return {"true": True, "false": False, "1": True, "0": False}[value.lower()]
+        if isinstance(default, int | float):
+            return type(default)(value)
+        if isinstance(default, tuple):
+            return tuple(int(part) for part in value.split("/"))
+    except (KeyError, ValueError) as error:
+        raise ConfigError(f"option {key}={value!r} of drafter {name!r}: expected something like {default!r}") from error
+    return value
+
+
+def _signature(cls: type) -> str:
+    return ", ".join(str(parameter) for parameter in inspect.signature(cls).parameters.values())

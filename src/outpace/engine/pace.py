@@ -1,0 +1,146 @@
+"""When not to speculate: measured cost against measured gain, per request.
+
+A round with a draft costs more than a plain one and emits more. The pace keeps both figures, asks the drafter to stand
+down where the draft does not pay, and tries again later, ever more rarely. It decides from times, so *when* it stands
+down differs from run to run; what is emitted does not.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections import deque
+from statistics import median
+from typing import TYPE_CHECKING, Final
+from weakref import WeakKeyDictionary
+
+if TYPE_CHECKING:
+    from outpace.drafters import RequestContext
+    from outpace.engine.output import Round
+
+_TRIAL: Final = 6  # drafted rounds before a request is judged
+_FIRST_PAUSE: Final = 16  # rounds; doubles at each further stand-down
+_LONGEST_PAUSE: Final = 512
+_PLAIN_EVERY: Final = 64  # rounds between plain ones, when a drafter always drafts: the baseline must stay measured
+_MARGIN: Final = 1.03  # a draft must pay this much more than it costs
+_DEAD_AFTER: Final = 100  # drafted rounds of an engine
+
+
+class Costs:
+    """Milliseconds of rounds, by width: the median of the latest few, so that one hiccup decides nothing."""
+
+    def __init__(self) -> None:
+        self._plain: deque[float] = deque(maxlen=15)
+        self._drafted: dict[int, deque[float]] = {}
+
+    def add(self, nodes: int, ms: float) -> None:
+        """A round with drafts of up to `nodes` nodes took so long."""
+        if nodes == 0:
+            self._plain.append(ms)
+        else:
+            self._drafted.setdefault(nodes.bit_length(), deque(maxlen=15)).append(ms)
+
+    @property
+    def plain_ms(self) -> float | None:
+        """A plain round, or None before one was measured."""
+        return median(self._plain) if len(self._plain) >= 2 else None
+
+    def ratio(self, nodes: int) -> float | None:
+        """How many plain rounds one with drafts of `nodes` nodes costs, or None if unknown."""
+        plain, drafted = self.plain_ms, self._drafted.get(nodes.bit_length())
+        return median(drafted) / plain if plain and drafted else None
+
+
+class _Record:
+    """What drafts have brought one request lately."""
+
+    __slots__ = ("emitted", "notes", "paid", "pause", "resume")
+
+    def __init__(self) -> None:
+        self.emitted: deque[int] = deque(maxlen=16)
+        self.paid: deque[float] = deque(maxlen=16)
+        self.pause = _FIRST_PAUSE
+        self.resume = 0
+        self.notes: list[str] = []
+
+
+class Pace:
+    """Decides, before each round, which requests speculate.
+
+    Args:
+        enabled: False never stands down (benchmarks of drafters, tests).
+    """
+
+    def __init__(self, *, enabled: bool = True) -> None:
+        self.enabled = enabled
+        self.dead = False
+        self._costs: dict[int, Costs] = {}
+        self._records: WeakKeyDictionary[RequestContext, _Record] = WeakKeyDictionary()
+        self._rounds = 0
+        self._since_plain = 0
+        self._drafted_rounds = 0
+        self._accepted = 0
+
+    def decide(self, requests: list[RequestContext]) -> None:
+        """Set `speculate` of every request for the coming round."""
+        self._rounds += 1
+        calibrate = self.enabled and self._needs_plain(len(requests))
+        for request in requests:
+            record = self._records.setdefault(request, _Record())
+            request.speculate = not (calibrate or self.dead or request.round_index < record.resume)
+
+    def _needs_plain(self, batch: int) -> bool:
+        costs = self._costs.get(batch)
+        if costs is None or self._since_plain < 2:
+            return False  # begin with what the user asked for
+        return costs.plain_ms is None or self._since_plain >= _PLAIN_EVERY
+
+    def learn(self, requests: list[RequestContext], rounds: list[Round], ms: float, drafter: str) -> None:
+        """A round of the batch is over and took `ms`."""
+        widest = max(one.drafted for one in rounds)
+        costs = self._costs.setdefault(len(requests), Costs())
+        costs.add(widest, ms)
+        self._since_plain = self._since_plain + 1 if widest else 0
+        ratio = costs.ratio(widest) if widest else None
+        for request, one in zip(requests, rounds, strict=True):
+            if one.drafted:
+                self._drafted_rounds += 1
+                self._accepted += one.accepted
+                self._judge(request, one, ratio)
+        if self.enabled and not self.dead and self._drafted_rounds >= _DEAD_AFTER:
+            self._look_for_life(drafter)
+
+    def _judge(self, request: RequestContext, one: Round, ratio: float | None) -> None:
+        record = self._records[request]
+        record.emitted.append(len(one.tokens))
+        if ratio is not None:
+            record.paid.append(ratio)
+        if not self.enabled or len(record.emitted) < _TRIAL or not record.paid:
+            return
+        gain = sum(record.emitted) / len(record.emitted)
+        cost = sum(record.paid) / len(record.paid)
+        if gain >= cost * _MARGIN:
+            record.pause = _FIRST_PAUSE
+            return
+        record.resume = request.round_index + 1 + record.pause
+        record.notes.append(
+            f"stood down at round {request.round_index} for {record.pause} rounds: drafts emitted {gain:.2f} tokens "
+            f"per round at {cost:.2f} times the cost of a plain round"
+        )
+        record.pause = min(_LONGEST_PAUSE, 2 * record.pause)
+        record.emitted.clear()
+        record.paid.clear()
+
+    def _look_for_life(self, drafter: str) -> None:
+        if self._accepted * _DEAD_AFTER <= self._drafted_rounds:
+            self.dead = True
+            warnings.warn(
+                f"drafter {drafter!r} had {self._accepted} tokens accepted in {self._drafted_rounds} drafted rounds and "
+                "is switched off. That is rarely bad luck: check that it was trained for this very target, tokenizer "
+                "and chat template, that it reads the taps it was trained on, and that positions are not shifted by one",
+                stacklevel=4,
+            )
+
+    def notes(self, request: RequestContext) -> tuple[str, ...]:
+        """What was decided for a request, in words."""
+        record = self._records.get(request)
+        return tuple(record.notes) if record else ()
