@@ -22,7 +22,7 @@ from outpace.engine.prompts import Prompt, as_batch, encode
 from outpace.engine.round import Played, Timing, play_round
 from outpace.errors import ConfigError, OutpaceError
 from outpace.laws import GUARANTEES, Guarantee, Noise, NoiseDice, RuleName, Sampler, Settings, Stopping, check_names, find_rule
-from outpace.target import Target
+from outpace.target import STRICT_ALIGN, Target
 
 STRICT_ROWS = 16
 
@@ -90,7 +90,7 @@ class Engine:
         self.timing = Timing()
         self.pace = Pace(enabled=stand_down)
         self._checks = check_integrity
-        self._context = Context(target, target.new_cache())
+        self._context = Context(target, target.new_cache(align=STRICT_ALIGN) if self.strict_rows else target.new_cache())
         self._live: list[_Live] = []
         self._waiting: deque[_Live] = deque()
         self._next_uid = 0

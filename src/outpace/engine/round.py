@@ -25,6 +25,7 @@ from outpace.target import Block
 
 if TYPE_CHECKING:
     from outpace.drafters import Context, Drafter
+    from outpace.target import BlockCache
 
 
 @dataclass(slots=True)
@@ -78,11 +79,12 @@ def play_round(
     requests, target, cache = context.requests, context.target, context.cache
     started = perf_counter()
 
-    trees = _propose(context, drafter, max_nodes=strict_rows - 1 if strict_rows else None)
+    trees = _propose(context, drafter, strict_rows)
     lengths = cache.lengths[: len(requests)]
-    block = Block.of([r.root for r in requests], trees, lengths, target.device, width=strict_rows)
+    width = strict_rows or (2 if target.row_invariant else 1)
+    block = Block.of([r.root for r in requests], trees, lengths, target.device, width=width)
     if drafter is not None and drafter.needs.scouts:
-        block = dataclasses.replace(block, scouts=drafter.scouts(context, Draft.of(trees)))
+        block = dataclasses.replace(block, scouts=drafter.scouts(context, Draft.of(trees, width=block.rows - 1)))
     drafted = perf_counter()
 
     read = target.run(block, cache, taps=drafter.needs.taps if drafter else ())
@@ -121,7 +123,7 @@ def play_round(
     return Played(rounds, verdicts, reached, 1e3 * (ended - started))
 
 
-def _propose(context: Context, drafter: Drafter | None, max_nodes: int | None) -> list[Tree]:
+def _propose(context: Context, drafter: Drafter | None, strict_rows: int) -> list[Tree]:
     """One checked tree per request, no deeper than can still be emitted."""
     requests = context.requests
     if drafter is None or not any(r.speculate and r.depth_limit for r in requests):
@@ -130,11 +132,23 @@ def _propose(context: Context, drafter: Drafter | None, max_nodes: int | None) -
     if len(draft) != len(requests):
         raise DraftError(f"drafter {drafter.name!r} proposed {len(draft)} trees for {len(requests)} requests")
     trees = []
-    for request, tree in zip(requests, draft.trees(), strict=True):
+    for slot, (request, tree) in enumerate(zip(requests, draft.trees(), strict=True)):
         tree.check(context.target.vocabulary, f"drafter {drafter.name!r}")
-        tree = tree.limited(request.depth_limit)
-        trees.append(tree if max_nodes is None else tree.first(max_nodes))
+        depth, nodes = request.depth_limit, strict_rows - 1 if strict_rows else len(tree)
+        if context.target.row_invariant and len(requests) == 1 and not strict_rows:
+            room = _same_kernels(context.cache, slot)
+            depth, nodes = min(depth, room - 2), min(nodes, room - 1)
+        trees.append(tree.limited(depth).first(nodes))
     return trees
+
+
+def _same_kernels(cache: BlockCache, slot: int) -> int:
+    """Rows a pass may have so that attention reads as many entries as it would in plain decoding's two-row pass.
+
+    A draft that reached beyond would verify its tokens with logits that differ in the last bits from plain decoding's.
+    """
+    length = cache.lengths[slot]
+    return cache.attended(length + 2) - length
 
 
 def _reached(tree: Tree, walk: Walk) -> int:

@@ -102,6 +102,21 @@ class Tree:
         """Whether every node is the only child of the one before."""
         return all(parent == node - 1 for node, parent in enumerate(self.parents))
 
+    def depth_first(self) -> Tree:
+        """The same deterministic tree, each node followed by its first child: the first path stands in one piece.
+
+        Rows of that path then lie in the cache as they would without the other branches.
+        """
+        children = self.children()
+        order: list[int] = []
+        stack = list(reversed(children[0]))
+        while stack:
+            node = stack.pop()
+            order.append(node)
+            stack.extend(reversed(children[node + 1]))
+        new = {-1: -1} | {node: i for i, node in enumerate(order)}
+        return Tree([self.tokens[n] for n in order], [new[self.parents[n]] for n in order])
+
     def limited(self, depth: int) -> Tree:
         """The draft without the nodes deeper than `depth`; their order is kept."""
         depths = self.depths()
@@ -177,9 +192,9 @@ class Draft:
         return int(self.tokens.shape[1])
 
     @classmethod
-    def of(cls, trees: Sequence[Tree], device: torch.device | str = "cpu") -> Draft:
-        """Pack one tree per request."""
-        width = max((len(tree) for tree in trees), default=0)
+    def of(cls, trees: Sequence[Tree], device: torch.device | str = "cpu", *, width: int = 0) -> Draft:
+        """Pack one tree per request, padded to the widest or to `width` nodes."""
+        width = max(width, *(len(tree) for tree in trees)) if trees else width
         tokens = [[*tree.tokens, *([0] * (width - len(tree)))] for tree in trees]
         parents = [[*tree.parents, *([-1] * (width - len(tree)))] for tree in trees]
         valid = [[True] * len(tree) + [False] * (width - len(tree)) for tree in trees]

@@ -2,13 +2,14 @@
 
 from outpace.target.adapters import GatedLoRA
 from outpace.target.block import Block, Readout, Scouts
-from outpace.target.cache import BlockCache, CacheIntegrityError
+from outpace.target.cache import STRICT_ALIGN, BlockCache, CacheIntegrityError
 from outpace.target.families import FAMILIES, Family
 from outpace.target.loading import Tokenizer
 from outpace.target.model import Passing, Target
 
 __all__ = [
     "FAMILIES",
+    "STRICT_ALIGN",
     "Block",
     "BlockCache",
     "CacheIntegrityError",

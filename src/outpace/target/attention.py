@@ -21,13 +21,18 @@ if TYPE_CHECKING:
 
 NAME: Final = "outpace_grouped"
 
+# PyTorch's CPU kernel works in blocks of 32 query rows, and takes another product for a last block of one to three:
+# padded to four, a row's result does not depend on how many rows stand beside it.
+_QUERY_BLOCK: Final = 32
+_FEWEST: Final = 4
+
 
 def grouped_attention(
     module: torch.nn.Module,
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    attention_mask: Tensor | None,
+    attention_mask: Tensor,
     *,
     scaling: float | None = None,
     softcap: float | None = None,
@@ -36,7 +41,7 @@ def grouped_attention(
     """Scaled dot-product attention of a block.
 
     query: [B, heads, R, D]; key, value: [B, key heads, L, D]; attention_mask: additive [B, 1, groups * R, L] in the
-    model's dtype (rows repeated per group by `tile`), or None when every row sees everything.
+    model's dtype (rows repeated per group by `tile`).
     Returns ([B, R, heads, D], None).
 
     Raises:
@@ -47,13 +52,18 @@ def grouped_attention(
     batch, heads, rows, size = query.shape
     key_heads = key.shape[1]
     packed = query.reshape(batch, key_heads, heads // key_heads * rows, size)
-    out = F.scaled_dot_product_attention(packed, key, value, attn_mask=attention_mask, scale=scaling)
+    count = packed.shape[2]
+    alone = count % _QUERY_BLOCK
+    if packed.device.type == "cpu" and 0 < alone < _FEWEST:
+        packed = F.pad(packed, (0, 0, 0, _FEWEST - alone))
+        attention_mask = F.pad(attention_mask, (0, 0, 0, _FEWEST - alone))
+    out = F.scaled_dot_product_attention(packed, key, value, attn_mask=attention_mask, scale=scaling)[:, :, :count]
     return out.reshape(batch, heads, rows, value.shape[-1]).transpose(1, 2), None
 
 
-def tile(mask: Tensor | None, groups: int) -> Tensor | None:
+def tile(mask: Tensor, groups: int) -> Tensor:
     """Repeat the rows of an additive mask [B, 1, R, L] for each query head of a group."""
-    return mask if mask is None or groups == 1 else mask.repeat(1, 1, groups, 1)
+    return mask if groups == 1 else mask.repeat(1, 1, groups, 1)
 
 
 @contextmanager

@@ -17,12 +17,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers.cache_utils import Cache
 
-from outpace.errors import ConfigError, OutpaceError
+from outpace.errors import OutpaceError
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-_GROWTH = 256  # capacities are multiples of this: few reallocations, few shapes
+ALIGN = 128  # attention reads multiples of this many entries, see `BlockCache.attended`
+STRICT_ALIGN = 512  # the block of keys PyTorch's CPU attention works in; capacities are multiples of it
 
 
 class CacheIntegrityError(OutpaceError, AssertionError):
@@ -36,12 +37,12 @@ class BlockCache(Cache):
         layers: number of layers of the model.
         slots: requests it can hold; grows on demand.
         capacity: entries per slot, rounded up; grows on demand.
-        limit: most entries a slot may ever hold (the model's context plus one block), or None.
+        align: attention reads multiples of this many entries.
     """
 
-    def __init__(self, layers: int, *, slots: int = 1, capacity: int = _GROWTH, limit: int | None = None) -> None:
+    def __init__(self, layers: int, *, slots: int = 1, capacity: int = STRICT_ALIGN, align: int = ALIGN) -> None:
         super().__init__(layers=[])
-        self.limit = limit
+        self.align = align
         self.lengths: list[int] = [0] * slots
         self.capacity = _rounded(capacity)
         self._keys: list[Tensor | None] = [None] * layers
@@ -67,6 +68,15 @@ class BlockCache(Cache):
         """Memory of keys and values."""
         return sum(t.numel() * t.element_size() for t in (*self._keys, *self._values) if t is not None)
 
+    def attended(self, entries: int) -> int:
+        """Entries attention reads where `entries` are in use: rounded up, the rest is masked.
+
+        Kernels sum over keys in an order that depends on how many there are. With the same rounded length, a key is
+        summed in the same place whatever else is in the pass; on CPU in bfloat16 the logits of a row then do not
+        depend, bit for bit, on the rows beside it (tests/target/test_row_invariance.py).
+        """
+        return -(-entries // self.align) * self.align
+
     def reserve(self, *, slots: int = 0, capacity: int = 0) -> None:
         """Grow to at least that many slots and entries per slot; what is stored stays."""
         slots = max(slots, self.slots)
@@ -87,18 +97,14 @@ class BlockCache(Cache):
         if self._count:
             raise CacheIntegrityError("a block is already open; commit or drop it first")
         longest = max(self.lengths[first : first + count])
-        if self.limit is not None and longest + rows > self.limit:
-            raise ConfigError(
-                f"a pass of {rows} rows behind {longest} tokens would exceed the cache's limit of {self.limit} entries"
-            )
-        if longest + rows > self.capacity:
-            self.reserve(capacity=max(longest + rows, min(2 * self.capacity, self.limit or 2 * self.capacity)))
+        if self.attended(longest + rows) > self.capacity:
+            self.reserve(capacity=max(self.attended(longest + rows), 2 * self.capacity))
         self._first, self._count, self._rows, self._index = first, count, rows, None
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        """Write the rows of one layer; return keys and values over the used length, [count, heads, used, size].
+        """Write the rows of one layer; return keys and values over the attended length, [count, heads, attended, size].
 
         Called by the model's attention. Rows of a layer may be fewer than the block's (scouts that enter later).
         """
@@ -121,7 +127,7 @@ class BlockCache(Cache):
             request, entry = self._ragged_index(lengths, keys.device)
             keys[request, :, entry[:, :rows]] = key_states.transpose(1, 2)
             values[request, :, entry[:, :rows]] = value_states.transpose(1, 2)
-        used = longest + rows
+        used = self.attended(longest + rows)
         return keys[:, :, :used], values[:, :, :used]
 
     def _ragged_index(self, lengths: Sequence[int], device: torch.device) -> tuple[Tensor, Tensor]:
@@ -218,8 +224,8 @@ class BlockCache(Cache):
 
     def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:
         """Used length and offset; outpace always passes its own mask, so models only ask out of habit."""
-        return max(self.lengths) + query_length, 0
+        return self.attended(max(self.lengths) + query_length), 0
 
 
 def _rounded(capacity: int) -> int:
-    return max(1, -(-capacity // _GROWTH)) * _GROWTH
+    return max(1, -(-capacity // STRICT_ALIGN)) * STRICT_ALIGN

@@ -68,8 +68,12 @@ class GenericRunner:
                 gate = torch.zeros(positions.shape, dtype=torch.bool, device=positions.device)
                 gate[:, block.rows :] = True
                 target._gate.rows = gate
+        lowest = torch.finfo(target.dtype).min  # own forwards may add to the mask, which -inf does not survive
+        width = cache.attended(max(lengths) + rows)
         masks = {
-            kind: self._mask(sees, positions, lengths, target.window if kind == "sliding_attention" else None)
+            kind: additive_mask(
+                sees, positions, lengths, width, target.dtype, target.window if kind == "sliding_attention" else None
+            ).clamp_min(lowest)
             for kind in set(target.layer_types)
         }
         cache.open(block.first, block.tokens.shape[0], rows)
@@ -91,14 +95,6 @@ class GenericRunner:
         found = {"post_norm": captured[0]} if "post_norm" in wanted else {}
         main_logits = out[:, : block.rows] if logits else None
         return Readout(main_logits, out[:, block.rows :] if scouts is not None and scouts.logits else None, found)
-
-    def _mask(self, sees: Tensor | None, positions: Tensor, lengths: list[int], window: int | None) -> Tensor:
-        dtype = self.target.dtype
-        mask = additive_mask(sees, positions, lengths, dtype, window)
-        if mask is None:  # own forwards build a mask of their own when given none
-            batch, rows = positions.shape
-            mask = torch.zeros(batch, 1, rows, max(lengths) + rows, dtype=dtype, device=positions.device)
-        return mask.clamp_min(torch.finfo(dtype).min)
 
     def probe(self) -> None:
         """Compare a branching block behind a cache with plain passes over each of its paths.

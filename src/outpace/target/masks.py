@@ -32,31 +32,38 @@ def block_visibility(block: Block) -> tuple[Tensor | None, Tensor]:
 
 
 def additive_mask(
-    sees: Tensor | None, positions: Tensor, lengths: Sequence[int], dtype: torch.dtype, window: int | None
-) -> Tensor | None:
-    """[B, 1, N, longest + N]: 0 where a row may look, -inf elsewhere; None if every row may look everywhere.
+    sees: Tensor | None,
+    positions: Tensor,
+    lengths: Sequence[int],
+    width: int,
+    dtype: torch.dtype,
+    window: int | None,
+) -> Tensor:
+    """[B, 1, N, width]: 0 where a row may look, -inf elsewhere.
 
-    sees: [B, N, N] bool or None (causal chain); positions: [B, N]; lengths: cached tokens per request; window: a row
-    sees keys at most window - 1 positions back (None: all).
+    sees: [B, N, N] bool or None (causal chain); positions: [B, N]; lengths: cached tokens per request; width: entries
+    attention reads; window: a row sees keys at most window - 1 positions back (None: all).
     """
     batch, rows = positions.shape
     longest, shortest = max(lengths), min(lengths)
-    if rows == 1 and longest == shortest and (window is None or longest < window):
-        return None
     device = positions.device
     if sees is None:
         sees = torch.ones(rows, rows, dtype=torch.bool, device=device).tril().expand(batch, -1, -1)
     if window is not None:
         sees = sees & (positions[:, :, None] - positions[:, None, :] < window)
-    entries = torch.arange(longest + rows, device=device)
+    if longest == shortest:
+        mask = torch.full((batch, 1, rows, width), float("-inf"), dtype=dtype, device=device)
+        mask[:, :, :, :longest] = 0
+        mask[:, 0, :, longest : longest + rows].masked_fill_(sees, 0)
+        if window is not None:
+            entries = torch.arange(longest, device=device)
+            mask[:, 0, :, :longest].masked_fill_(entries <= positions[:, :, None] - window, float("-inf"))
+        return mask
+    entries = torch.arange(width, device=device)
     start = torch.tensor(lengths, device=device)
     seen = (entries < start[:, None])[:, None].expand(-1, rows, -1)
     if window is not None:
         seen = seen & (entries > positions[:, :, None] - window)
-    if longest == shortest:
-        visible = torch.cat([seen[:, :, :longest], sees], 2)
-    else:
-        at = (start[:, None] + torch.arange(rows, device=device))[:, None].expand(-1, rows, -1)
-        visible = seen.scatter(2, at, sees)
-    mask = torch.zeros(visible.shape, dtype=dtype, device=device)
-    return mask.masked_fill_(~visible, float("-inf"))[:, None]
+    at = (start[:, None] + torch.arange(rows, device=device))[:, None].expand(-1, rows, -1)
+    visible = seen.scatter(2, at, sees)
+    return torch.zeros(visible.shape, dtype=dtype, device=device).masked_fill_(~visible, float("-inf"))[:, None]

@@ -18,7 +18,7 @@ from outpace.errors import ConfigError, UnsupportedError
 from outpace.target import attention
 from outpace.target.adapters import GatedLoRA, Gate, attach
 from outpace.target.block import Block, Readout
-from outpace.target.cache import BlockCache
+from outpace.target.cache import ALIGN, BlockCache
 from outpace.target.families import Family, find_family, layer_types, part, refuse_what_cannot_rewind
 from outpace.target.generic import GenericRunner
 from outpace.target.masks import additive_mask, block_visibility
@@ -141,9 +141,18 @@ class Target:
         """Bytes of weights one pass reads (tied weights once)."""
         return sum(p.numel() * p.element_size() for p in self.model.parameters())
 
-    def new_cache(self, *, slots: int = 1, capacity: int = 256) -> BlockCache:
+    @property
+    def row_invariant(self) -> bool:
+        """Whether a row's logits are the same bits however many rows (two or more) are in the pass.
+
+        Holds for PyTorch's bfloat16 kernels on CPU, as long as attention reads the same number of entries. A pass of
+        one row takes other kernels there, so plain decoding runs two (the second is padding and costs nothing).
+        """
+        return self.device.type == "cpu" and self.dtype == torch.bfloat16
+
+    def new_cache(self, *, slots: int = 1, capacity: int = 1, align: int = ALIGN) -> BlockCache:
         """An empty cache for this model (and for every view of it)."""
-        return BlockCache(self.layers_total, slots=slots, capacity=capacity)
+        return BlockCache(self.layers_total, slots=slots, capacity=capacity, align=align)
 
     def view(self, layers: Collection[int]) -> Target:
         """The same model with some layers only: shares weights, adapters and caches.
@@ -279,11 +288,14 @@ class Target:
         lengths = cache.lengths[block.first : block.first + block.tokens.shape[0]]
         groups = int(self.config.num_attention_heads) // int(getattr(self.config, "num_key_value_heads", 0) or 1)
         rotary = part(self.model, self.family.rotary)
-        masks: dict[str, Tensor | None] = {}
+        width = cache.attended(max(lengths) + hidden.shape[1])
+        masks: dict[str, Tensor] = {}
         angles: dict[str, tuple[Tensor, Tensor]] = {}
         for kind in {self.layer_types[layer] for layer in self.layer_ids}:
             window = self.window if kind == "sliding_attention" else None
-            masks[kind] = attention.tile(additive_mask(sees, positions, lengths, hidden.dtype, window), groups)
+            masks[kind] = attention.tile(
+                additive_mask(sees, positions, lengths, width, hidden.dtype, window), groups
+            )
             if self.family.rotary_by_type:
                 angles[kind] = rotary(hidden, positions, kind)
             elif not angles:

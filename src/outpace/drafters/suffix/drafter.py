@@ -95,4 +95,4 @@ class Suffix(TokenDrafter):
                 found = trie.expand(node, budget, self.min_probability)
                 if found[0] > best[0] or (found[0] == best[0] and trie is local):
                     best = found
-        return Tree([token for token, _ in best[1]], [parent for _, parent in best[1]])
+        return Tree([token for token, _ in best[1]], [parent for _, parent in best[1]]).depth_first()
