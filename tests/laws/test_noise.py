@@ -1,0 +1,85 @@
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy import stats
+
+from outpace.errors import ConfigError
+from outpace.laws import Noise, Stream
+from outpace.laws.noise import philox
+
+
+@pytest.mark.parametrize(
+    ("counter", "key", "expected"),
+    [
+        ((0, 0, 0, 0), (0, 0), (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)),
+        ((0xFFFFFFFF,) * 4, (0xFFFFFFFF,) * 2, (0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD)),
+        (
+            (0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344),
+            (0xA4093822, 0x299F31D0),
+            (0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1),
+        ),
+    ],
+)
+def test_philox_known_answers(counter, key, expected):
+    """The known-answer vectors published with Random123 for philox4x32-10."""
+    assert philox(counter, key) == expected
+    tensors = tuple(torch.tensor([word]) for word in counter)
+    assert tuple(int(word) for word in philox(tensors, key)) == expected
+
+
+@given(
+    seed=st.integers(0, 2**64 - 1),
+    requests=st.lists(st.integers(0, 2**62), min_size=1, max_size=4),
+    positions=st.lists(st.integers(0, 2**31), min_size=1, max_size=4),
+)
+def test_grid_equals_single_numbers_for_any_shape(seed, requests, positions):
+    noise = Noise(seed)
+    grid = noise.grid(torch.tensor(requests)[:, None], torch.tensor(positions))
+    assert grid.dtype == torch.float64
+    for i, request in enumerate(requests):
+        for j, position in enumerate(positions):
+            assert float(grid[i, j]) == noise.uniform(request, position)
+
+
+def test_streams_requests_positions_and_rounds_are_independent():
+    """Chi-square on pairs of numbers that differ in one part of the key; each fails by chance once in 10^5."""
+    noise, count = Noise(3), 4000
+    base = [noise.uniform(0, t) for t in range(count)]
+    others = {
+        "position": [noise.uniform(0, t + 1) for t in range(count)],
+        "request": [noise.uniform(1, t) for t in range(count)],
+        "seed": [Noise(4).uniform(0, t) for t in range(count)],
+        "draft stream": [noise.uniform(0, t, Stream.DRAFT) for t in range(count)],
+        "accept stream": [noise.uniform(0, t, Stream.ACCEPT) for t in range(count)],
+        "residual stream": [noise.uniform(0, t, Stream.RESIDUAL) for t in range(count)],
+        "index": [noise.uniform(0, t, Stream.PATH, index=1) for t in range(count)],
+        "round": [noise.uniform(0, t, Stream.PATH, round_index=1) for t in range(count)],
+    }
+    assert stats.kstest(base, "uniform").pvalue > 1e-5
+    for name, other in others.items():
+        cells = torch.zeros(5, 5)
+        for u, v in zip(base, other, strict=True):
+            cells[int(5 * u), int(5 * v)] += 1
+        assert stats.chisquare(cells.flatten().numpy()).pvalue > 1e-5, name
+
+
+def test_numbers_have_53_bits_and_stay_below_one():
+    values = [Noise(1).uniform(0, t) for t in range(2000)]
+    assert all(0 <= value < 1 for value in values)
+    assert any(value * 2**53 % 2 == 1 for value in values)
+    assert all((value * 2**53).is_integer() for value in values)
+
+
+def test_gumbel_noise_is_gumbel_and_keyed():
+    noise = Noise(5)
+    g = noise.gumbel(0, 7, 20_000)
+    assert stats.kstest(g.numpy(), "gumbel_r").pvalue > 1e-5
+    assert torch.equal(g[:100], noise.gumbel(0, 7, 100))
+    assert not torch.equal(g[:100], noise.gumbel(0, 8, 100))
+
+
+@pytest.mark.parametrize("seed", [-1, 2**64])
+def test_seed_out_of_range_is_refused(seed):
+    with pytest.raises(ConfigError, match="seed must be"):
+        Noise(seed)

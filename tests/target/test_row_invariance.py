@@ -1,0 +1,81 @@
+"""On CPU in bfloat16 a row's logits are the same bits whatever rides beside it: the ground of 'same seed, same text'.
+
+This pins down three facts about PyTorch's kernels (see outpace.target.attention and BlockCache.attended). If a new
+release breaks one, this test says so before a user's text changes.
+"""
+
+import pytest
+import torch
+from tiny import make_model
+
+from outpace import Engine
+from outpace.laws import Tree
+from outpace.target import Block, Target
+
+SHAPES = {
+    "three query heads a group": {"num_attention_heads": 9, "num_key_value_heads": 3, "hidden_size": 576, "head_dim": 64},
+    "one": {"num_attention_heads": 4, "num_key_value_heads": 4, "hidden_size": 256, "head_dim": 64},
+    "four": {"num_attention_heads": 8, "num_key_value_heads": 2, "hidden_size": 512, "head_dim": 64},
+}
+ROWS = [2, 3, 4, 5, 7, 8, 9, 11, 12, 16, 17, 22, 24]
+
+
+@pytest.fixture(scope="module", params=SHAPES)
+def target(request):
+    shape = {**SHAPES[request.param], "num_hidden_layers": 3, "intermediate_size": 768, "vocab_size": 2048}
+    model = make_model(dtype=torch.bfloat16, sharpness=1.5, max_position_embeddings=2048, **shape)
+    found = Target(model)
+    if not (found.row_invariant and torch.cpu._is_avx512_bf16_supported()):
+        pytest.skip("this CPU has no AVX-512 bfloat16 products; the kernels it uses instead make no such promise")
+    return found
+
+
+def text(length, size):
+    return torch.randint(0, size, (length,), generator=torch.Generator().manual_seed(1)).tolist()
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("length", [3, 60, 126, 300, 505])
+def test_logits_do_not_depend_on_the_rows_beside(target, length):
+    ids = text(length + 40, target.vocabulary)
+    cache = target.new_cache()
+    target.prefill(ids[:length], cache)
+    limit = cache.attended(length + 2)
+    known = None
+    for rows in [row for row in ROWS if length + row <= limit]:
+        logits = target.run(Block.chain([ids[length : length + rows]], cache.lengths, target.device), cache).logits
+        cache.drop()
+        known = logits if known is None or rows > known.shape[1] else known
+        common = min(rows, known.shape[1])
+        assert torch.equal(logits[:, :common], known[:, :common]), f"{rows} rows behind {length} tokens"
+
+
+@torch.inference_mode()
+def test_the_first_path_of_a_tree_is_a_chain(target):
+    ids = text(80, target.vocabulary)
+    cache = target.new_cache()
+    target.prefill(ids[:60], cache)
+    tree = Tree([ids[61], ids[62], 5, 6], [-1, 0, -1, 0])
+    branching = target.run(Block.of([ids[60]], [tree], cache.lengths, target.device), cache).logits
+    cache.drop()
+    chain = target.run(Block.chain([ids[60:63]], cache.lengths, target.device), cache).logits
+    assert torch.equal(branching[:, :3], chain)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_bf16_text_is_the_same_with_and_without_drafts(target, temperature):
+    """Bit for bit, over 150 sampled tokens with drafts that are often wrong: no near tie can flip."""
+    prompt = text(24, 40)
+    want = Engine(target).generate([prompt], max_new_tokens=150, temperature=temperature, seed=5)[0]
+    for spec in ("layer_skip:draft_len=5", "prompt_lookup:min_ngram=1,draft_len=12"):
+        got = Engine(target, spec, stand_down=False).generate([prompt], max_new_tokens=150, temperature=temperature, seed=5)[0]
+        assert got.tokens == want.tokens
+    assert got.stats.drafted > 0
+
+
+def test_strict_makes_batches_equal_too(target):
+    prompts = [text(n, 40) for n in (5, 140, 30)]
+    alone = [Engine(target, strict=True).generate([p], max_new_tokens=40, temperature=1.0, request=3)[0] for p in prompts]
+    engine = Engine(target, "prompt_lookup:min_ngram=1", strict=True, stand_down=False)
+    batch = engine.generate(prompts, max_new_tokens=40, temperature=1.0, request=3)
+    assert [o.tokens for o in batch] == [o.tokens for o in alone]

@@ -1,0 +1,98 @@
+"""Tiny randomly initialised models of every family, and drafters around them. Not a test."""
+
+import functools
+
+import torch
+import transformers as hf
+
+from outpace.drafters import make_drafter
+from outpace.drafters.draft_model import DraftModel
+from outpace.target import Target
+
+VOCABULARY = 40
+EOS = 1
+
+SHAPE = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 256,
+    "bos_token_id": 0,
+    "eos_token_id": EOS,
+    "pad_token_id": 0,
+}
+
+FAMILIES = {
+    "llama": (hf.LlamaConfig, hf.LlamaForCausalLM, {}),
+    "mistral": (hf.MistralConfig, hf.MistralForCausalLM, {"sliding_window": 7}),
+    "qwen2": (hf.Qwen2Config, hf.Qwen2ForCausalLM, {"use_sliding_window": False}),
+    "qwen3": (hf.Qwen3Config, hf.Qwen3ForCausalLM, {}),
+    "gemma3": (hf.Gemma3TextConfig, hf.Gemma3ForCausalLM, {"sliding_window": 7, "num_hidden_layers": 7}),
+    "olmo2": (hf.Olmo2Config, hf.Olmo2ForCausalLM, {}),
+    "phi3": (hf.Phi3Config, hf.Phi3ForCausalLM, {"sliding_window": None}),
+}
+GENERIC = {
+    "stablelm": (hf.StableLmConfig, hf.StableLmForCausalLM, {}),
+    "gpt_neox": (hf.GPTNeoXConfig, hf.GPTNeoXForCausalLM, {}),
+    "cohere2": (hf.Cohere2Config, hf.Cohere2ForCausalLM, {"sliding_window": 7}),
+}
+
+
+def make_model(name="llama", *, seed=0, sharpness=3.0, dtype=torch.float32, **changes):
+    """A random model; `sharpness` scales its weights, so that its laws are neither flat nor one-hot."""
+    config_class, model_class, extra = {**FAMILIES, **GENERIC}[name]
+    config = config_class(**{**SHAPE, **extra, **changes})
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = model_class(config).to(dtype).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.mul_(sharpness)
+    return model
+
+
+@functools.cache
+def target(name="llama", dtype=torch.float32):
+    """A shared target of a family."""
+    return Target(make_model(name, dtype=dtype))
+
+
+@functools.cache
+def small_target(name="llama", dtype=torch.float32):
+    """A draft model: the first layer of `target(name)` under the same embedding and head."""
+    big = make_model(name, dtype=dtype)
+    layers = 1 if name != "gemma3" else 2
+    small = make_model(name, dtype=dtype, num_hidden_layers=layers, layer_types=None) if name == "gemma3" else None
+    small = small or make_model(name, dtype=dtype, num_hidden_layers=layers)
+    known = small.state_dict().keys()
+    small.load_state_dict({k: v.clone() for k, v in big.state_dict().items() if k in known})
+    return Target(small)
+
+
+DRAFTERS = {
+    "prompt_lookup": lambda name: make_drafter("prompt_lookup:min_ngram=1,draft_len=6"),
+    "prompt_lookup tree": lambda name: make_drafter("prompt_lookup:min_ngram=1,branches=3,draft_len=5"),
+    "suffix": lambda name: make_drafter("suffix:min_probability=0.05"),
+    "draft_model path": lambda name: DraftModel(model=small_target(name), draft_len=4),
+    "draft_model greedy": lambda name: DraftModel(model=small_target(name), draft_len=4, draw="greedy"),
+    "draft_model own": lambda name: DraftModel(model=small_target(name), draft_len=4, draw="own"),
+    "layer_skip": lambda name: make_drafter("layer_skip:draft_len=3"),
+    "lookahead": lambda name: make_drafter("lookahead"),
+    "merged": lambda name: make_drafter("prompt_lookup+suffix+lookahead"),
+}
+
+PROMPTS = [
+    [5, 6, 7, 8, 9, 5, 6, 7],
+    [3, 4, 5, 3, 4, 5, 3, 4],
+    [10, 11, 12, 10, 11, 12, 10],
+    [20],
+    [30, 2, 30, 2, 30, 2, 30, 2, 30, 2, 17, 18],
+    [8, 8, 8, 8],
+    [13, 25, 36, 7, 19, 22],
+    [33, 34],
+]
