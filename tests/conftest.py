@@ -18,4 +18,3 @@ hypothesis_settings.load_profile("ci")
 def _no_stray_randomness():
     """Nothing may depend on torch's global generator: give every test another state."""
     torch.seed()
-    yield

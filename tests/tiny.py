@@ -38,12 +38,12 @@ FAMILIES = {
 GENERIC = {
     "stablelm": (hf.StableLmConfig, hf.StableLmForCausalLM, {}),
     "gpt_neox": (hf.GPTNeoXConfig, hf.GPTNeoXForCausalLM, {}),
-    "cohere2": (hf.Cohere2Config, hf.Cohere2ForCausalLM, {"sliding_window": 7}),
+    "cohere2": (hf.Cohere2Config, hf.Cohere2ForCausalLM, {"sliding_window": 7, "logit_scale": 1.0}),
 }
 
 
-def make_model(name="llama", *, seed=0, sharpness=3.0, dtype=torch.float32, **changes):
-    """A random model; `sharpness` scales its weights, so that its laws are neither flat nor one-hot."""
+def make_model(name="llama", *, seed=0, sharpness=5.0, dtype=torch.float32, **changes):
+    """A random model; `sharpness` scales its weights (the head more): laws neither flat nor one-hot."""
     config_class, model_class, extra = {**FAMILIES, **GENERIC}[name]
     config = config_class(**{**SHAPE, **extra, **changes})
     with torch.random.fork_rng():
@@ -53,6 +53,7 @@ def make_model(name="llama", *, seed=0, sharpness=3.0, dtype=torch.float32, **ch
         for parameter in model.parameters():
             if parameter.dim() > 1:
                 parameter.mul_(sharpness)
+        model.get_output_embeddings().weight.mul_(3)
     return model
 
 

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from outpace.laws import Draft, Noise, Sampler, Settings, Tree, find_rule
 from outpace.errors import ConfigError, DraftError
+from outpace.laws import Draft, Noise, Sampler, Settings, Tree, find_rule
 from outpace.laws.certificate import CASES, Case, TableModel, certify, certify_broken, expected_emitted, explore
 from outpace.laws.certificate.broken import BROKEN_CHAINS, BROKEN_TREES
 from outpace.laws.dice import Key, NoiseDice
@@ -121,6 +121,8 @@ def test_rules_refuse_what_they_cannot_verify():
 
 def test_drafts_may_be_empty():
     sampler = Sampler(Settings(temperature=1), NoiseDice(Noise(0), 0))
-    tokens = {find_rule(n)(Tree(), torch.zeros(1, 4), sampler, [2], 5).tokens for n in ("path", "token", "block", "tree")}
+    tokens = {
+        find_rule(n)(Tree(), torch.zeros(1, 4), sampler, [2], 5).tokens for n in ("path", "token", "block", "tree")
+    }
     assert len(tokens) == 1
     assert Draft.of([Tree(), Tree()]).width == 0

@@ -9,7 +9,9 @@ from outpace.laws import Key, Noise, NoiseDice, Stream, draw
 ALMOST_ONE = 1 - 2**-53
 
 
-@given(st.lists(st.sampled_from([0.0, 1e-30, 0.1, 0.5, 3.0]), min_size=1, max_size=30), st.floats(0, 1, exclude_max=True))
+@given(
+    st.lists(st.sampled_from([0.0, 1e-30, 0.1, 0.5, 3.0]), min_size=1, max_size=30), st.floats(0, 1, exclude_max=True)
+)
 def test_draw_never_returns_a_token_of_zero_mass(weights, u):
     weights = torch.tensor(weights)
     if float(weights.sum()) == 0:

@@ -44,7 +44,10 @@ CASES = {
         [hf.SequenceBiasLogitsProcessor({(3,): 2.5, (9,): -4.0})],
     ),
     "custom processors": (
-        {"temperature": 1.0, "processors": (hf.NoRepeatNGramLogitsProcessor(2), hf.NoBadWordsLogitsProcessor([[4, 5]]))},
+        {
+            "temperature": 1.0,
+            "processors": (hf.NoRepeatNGramLogitsProcessor(2), hf.NoBadWordsLogitsProcessor([[4, 5]])),
+        },
         [hf.NoRepeatNGramLogitsProcessor(2), hf.NoBadWordsLogitsProcessor([[4, 5]])],
     ),
 }

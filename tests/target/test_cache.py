@@ -22,7 +22,11 @@ class Model:
 
 
 steps = st.lists(
-    st.tuples(st.integers(1, 6), st.lists(st.lists(st.booleans(), min_size=6, max_size=6), min_size=3, max_size=3), st.booleans()),
+    st.tuples(
+        st.integers(1, 6),
+        st.lists(st.lists(st.booleans(), min_size=6, max_size=6), min_size=3, max_size=3),
+        st.booleans(),
+    ),
     min_size=1,
     max_size=8,
 )

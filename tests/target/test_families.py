@@ -3,12 +3,12 @@
 import pytest
 import torch
 import transformers as hf
-from tiny import FAMILIES, GENERIC, PROMPTS, SHAPE, make_model
 
 from outpace.errors import ConfigError, UnsupportedError
 from outpace.laws import Tree
 from outpace.target import Block, Target
 from outpace.target.families import Family, find_family
+from tiny import FAMILIES, GENERIC, PROMPTS, SHAPE, make_model
 
 EVERY = [*FAMILIES, *GENERIC]
 TREES = [Tree([2, 3, 4, 5, 6], [-1, -1, 0, 2, 0]), Tree([7, 8], [-1, 0]), Tree()]
@@ -122,14 +122,20 @@ def test_a_forward_that_ignores_positions_is_refused_at_load():
 @pytest.mark.parametrize(
     ("make", "words"),
     [
-        (lambda: hf.MambaForCausalLM(hf.MambaConfig(vocab_size=40, hidden_size=32, num_hidden_layers=2)), "cannot take it back"),
+        (
+            lambda: hf.MambaForCausalLM(hf.MambaConfig(vocab_size=40, hidden_size=32, num_hidden_layers=2)),
+            "cannot take it back",
+        ),
         (
             lambda: hf.T5ForConditionalGeneration(
                 hf.T5Config(vocab_size=40, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2)
             ),
             "encoder-decoder",
         ),
-        (lambda: hf.BloomForCausalLM(hf.BloomConfig(vocab_size=40, hidden_size=32, n_layer=1, n_head=2)), "outside the family"),
+        (
+            lambda: hf.BloomForCausalLM(hf.BloomConfig(vocab_size=40, hidden_size=32, n_layer=1, n_head=2)),
+            "outside the family",
+        ),
     ],
     ids=["recurrent", "encoder-decoder", "alibi"],
 )
@@ -147,7 +153,12 @@ def test_attention_without_row_masks_is_refused():
 
 def test_a_family_row_is_all_it_takes():
     row = Family("again", ("llama",))
-    assert (row.embed, row.layers, row.norm, row.head) == ("model.embed_tokens", "model.layers", "model.norm", "lm_head")
+    assert (row.embed, row.layers, row.norm, row.head) == (
+        "model.embed_tokens",
+        "model.layers",
+        "model.norm",
+        "lm_head",
+    )
 
 
 @pytest.mark.parametrize("tap", ["3", "out:9", "in:-1", "middle", "out"])

@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from tiny import FAMILIES, PROMPTS, make_model
 
 from outpace.errors import CheckpointError, ConfigError, DraftError
 from outpace.laws import Tree
 from outpace.target import Block, GatedLoRA, Scouts, Target
+from tiny import FAMILIES, PROMPTS, make_model
 
 PROMPT = PROMPTS[0]
 TREE = Tree([2, 3, 4], [-1, -1, 0])
@@ -39,7 +39,12 @@ def scouts_of(target, cache, **options):
 
 @torch.inference_mode()
 def test_taps_are_the_hidden_states_of_the_model(target):
-    taps = {"embed", "pre_norm", "post_norm", *(f"{side}:{k}" for side in ("in", "out") for k in range(target.layers_total))}
+    taps = {
+        "embed",
+        "pre_norm",
+        "post_norm",
+        *(f"{side}:{k}" for side in ("in", "out") for k in range(target.layers_total)),
+    }
     cache = target.new_cache()
     read = target.run(Block.chain([PROMPT], [0], target.device), cache, taps=taps)
     states = target.model(torch.tensor([PROMPT]), output_hidden_states=True, use_cache=False).hidden_states

@@ -2,10 +2,10 @@ import sys
 
 import pytest
 import torch
-from tiny import make_model
 
 from outpace.errors import CheckpointError, MissingExtraError
 from outpace.target import Target, loading
+from tiny import make_model
 
 
 def test_a_directory_is_loaded_with_the_users_dtype(tmp_path, monkeypatch):
@@ -20,9 +20,12 @@ def test_remote_code_is_off_and_passed_to_every_loader(tmp_path, monkeypatch):
     seen = []
     make_model().save_pretrained(tmp_path)
     model = make_model()
-    monkeypatch.setattr("transformers.AutoTokenizer.from_pretrained", lambda *a, **k: seen.append(k["trust_remote_code"]))
     monkeypatch.setattr(
-        "transformers.AutoModelForCausalLM.from_pretrained", lambda *a, **k: seen.append(k["trust_remote_code"]) or model
+        "transformers.AutoTokenizer.from_pretrained", lambda *a, **k: seen.append(k["trust_remote_code"])
+    )
+    monkeypatch.setattr(
+        "transformers.AutoModelForCausalLM.from_pretrained",
+        lambda *a, **k: seen.append(k["trust_remote_code"]) or model,
     )
     Target.from_pretrained(tmp_path)
     Target.from_pretrained(tmp_path, trust_remote_code=True)

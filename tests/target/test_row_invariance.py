@@ -6,14 +6,19 @@ release breaks one, this test says so before a user's text changes.
 
 import pytest
 import torch
-from tiny import make_model
 
 from outpace import Engine
 from outpace.laws import Tree
 from outpace.target import Block, Target
+from tiny import make_model
 
 SHAPES = {
-    "three query heads a group": {"num_attention_heads": 9, "num_key_value_heads": 3, "hidden_size": 576, "head_dim": 64},
+    "three query heads a group": {
+        "num_attention_heads": 9,
+        "num_key_value_heads": 3,
+        "hidden_size": 576,
+        "head_dim": 64,
+    },
     "one": {"num_attention_heads": 4, "num_key_value_heads": 4, "hidden_size": 256, "head_dim": 64},
     "four": {"num_attention_heads": 8, "num_key_value_heads": 2, "hidden_size": 512, "head_dim": 64},
 }
@@ -68,14 +73,18 @@ def test_bf16_text_is_the_same_with_and_without_drafts(target, temperature):
     prompt = text(24, 40)
     want = Engine(target).generate([prompt], max_new_tokens=150, temperature=temperature, seed=5)[0]
     for spec in ("layer_skip:draft_len=5", "prompt_lookup:min_ngram=1,draft_len=12"):
-        got = Engine(target, spec, stand_down=False).generate([prompt], max_new_tokens=150, temperature=temperature, seed=5)[0]
+        got = Engine(target, spec, stand_down=False).generate(
+            [prompt], max_new_tokens=150, temperature=temperature, seed=5
+        )[0]
         assert got.tokens == want.tokens
     assert got.stats.drafted > 0
 
 
 def test_strict_makes_batches_equal_too(target):
     prompts = [text(n, 40) for n in (5, 140, 30)]
-    alone = [Engine(target, strict=True).generate([p], max_new_tokens=40, temperature=1.0, request=3)[0] for p in prompts]
+    alone = [
+        Engine(target, strict=True).generate([p], max_new_tokens=40, temperature=1.0, request=3)[0] for p in prompts
+    ]
     engine = Engine(target, "prompt_lookup:min_ngram=1", strict=True, stand_down=False)
     batch = engine.generate(prompts, max_new_tokens=40, temperature=1.0, request=3)
     assert [o.tokens for o in batch] == [o.tokens for o in alone]

@@ -117,7 +117,10 @@ class Drafter(ABC):
 
     @abstractmethod
     def propose(self, context: Context) -> Draft:
-        """One tree per request of the context, in its order; an empty tree where there is nothing to say."""
+        """One tree per request of the context, in its order; an empty tree where there is nothing to say.
+
+        Not called in a round in which no request speculates.
+        """
 
     def scouts(self, context: Context, draft: Draft) -> Scouts | None:
         """Rows to add to the pass that verifies `draft` (its width + 1 main rows: root first, then the nodes)."""
@@ -127,7 +130,8 @@ class Drafter(ABC):
     def observe(self, context: Context, walks: Sequence[Walk], read: Readout) -> None:
         """The round's outcome: the accepted path of each request, taps and scout logits.
 
-        Called before the emitted tokens join `request.tokens`; `walk.tokens` are cut at a stop.
+        Called after every round, before the emitted tokens join `request.tokens`. `walk.tokens` are cut at a stop;
+        `walk.nodes` are nodes of this drafter's own trees.
         """
         del context, walks, read
 

@@ -70,7 +70,9 @@ class Merged(Drafter):
 
     def observe(self, context: Context, walks: Sequence[Walk], read: Readout) -> None:
         """Each drafter hears which of its own nodes were accepted."""
-        for drafter, trees in zip(self.drafters, self._own, strict=True):
+        proposed = self._own or [[Tree() for _ in walks] for _ in self.drafters]
+        self._own = []
+        for drafter, trees in zip(self.drafters, proposed, strict=True):
             own = [Walk(_follow(tree, walk.tokens), walk.tokens) for tree, walk in zip(trees, walks, strict=True)]
             drafter.observe(context, own, read)
 

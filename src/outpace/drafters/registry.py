@@ -1,4 +1,4 @@
-"""Names of drafters. A literal table of lazy targets; third parties join by the entry point group `outpace.drafters`."""
+"""Names of drafters: a literal table of lazy targets; third parties join by the entry points `outpace.drafters`."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def _make_one(spec: str) -> Drafter:
 
 
 def _options(name: str, cls: type, text: str) -> dict[str, Any]:
-    """ "a=1,b=x" as keyword arguments of a constructor, converted by its defaults."""
+    """Text like "a=1,b=x" as keyword arguments of a constructor, converted by its defaults."""
     parameters = inspect.signature(cls).parameters
     options: dict[str, Any] = {}
     for item in filter(None, text.split(",")):

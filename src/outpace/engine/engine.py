@@ -21,7 +21,18 @@ from outpace.engine.pace import Pace
 from outpace.engine.prompts import Prompt, as_batch, encode
 from outpace.engine.round import Played, Timing, play_round
 from outpace.errors import ConfigError, OutpaceError
-from outpace.laws import GUARANTEES, Guarantee, Noise, NoiseDice, RuleName, Sampler, Settings, Stopping, check_names, find_rule
+from outpace.laws import (
+    GUARANTEES,
+    Guarantee,
+    Noise,
+    NoiseDice,
+    RuleName,
+    Sampler,
+    Settings,
+    Stopping,
+    check_names,
+    find_rule,
+)
 from outpace.target import STRICT_ALIGN, Target
 
 STRICT_ROWS = 16
@@ -90,7 +101,9 @@ class Engine:
         self.timing = Timing()
         self.pace = Pace(enabled=stand_down)
         self._checks = check_integrity
-        self._context = Context(target, target.new_cache(align=STRICT_ALIGN) if self.strict_rows else target.new_cache())
+        self._context = Context(
+            target, target.new_cache(align=STRICT_ALIGN) if self.strict_rows else target.new_cache()
+        )
         self._live: list[_Live] = []
         self._waiting: deque[_Live] = deque()
         self._next_uid = 0
@@ -115,7 +128,9 @@ class Engine:
                 "drafter such as draft_model with draw='own'"
             )
         if self.strict_rows and drafter.needs.scouts:
-            raise ConfigError(f"strict runs passes of a fixed width, but {drafter.name!r} adds scouts; drop one of them")
+            raise ConfigError(
+                f"strict runs passes of a fixed width, but {drafter.name!r} adds scouts; drop one of them"
+            )
 
     @classmethod
     def from_pretrained(
@@ -141,7 +156,8 @@ class Engine:
         Args:
             prompts: one prompt or several: a string (one user turn, through the chat template if there is one), chat
                 messages, or token ids.
-            settings: sampling and stopping; `changes` are applied to it (or to the defaults).
+            settings: sampling and stopping.
+            **changes: single settings, applied to `settings` or to the defaults.
 
         Returns:
             One `Output` per prompt, in order. Prompt i draws its noise as request i unless settings name a request.
@@ -154,7 +170,10 @@ class Engine:
         settings = _settings(settings, changes)
         batch = as_batch(prompts)
         encoded = [encode(self.target, prompt) for prompt in batch]
-        uids = [self._enqueue(ids, settings, settings.request if settings.request is not None else i) for i, ids in enumerate(encoded)]
+        uids = [
+            self._enqueue(ids, settings, settings.request if settings.request is not None else i)
+            for i, ids in enumerate(encoded)
+        ]
         done: dict[int, Output] = {}
         try:
             while len(done) < len(uids):
@@ -230,7 +249,8 @@ class Engine:
             if live.uid == uid:
                 live.text.append(live.stopping.close())
                 output = self._output(live, "interrupted")
-                self._retire(slot)
+                with torch.inference_mode():
+                    self._retire(slot)
                 return output
         raise ConfigError(f"no request with handle {uid}; it has ended, or was never submitted")
 
@@ -250,7 +270,9 @@ class Engine:
             raise ConfigError(f"stop strings need a tokenizer, and {target.name} has none; use eos=(ids) instead")
         bad = next((t for t in (*eos, *settings.logit_bias) if not 0 <= t < target.vocabulary), None)
         if bad is not None:
-            raise ConfigError(f"token id {bad} in eos or logit_bias; {target.name} has ids 0 to {target.vocabulary - 1}")
+            raise ConfigError(
+                f"token id {bad} in eos or logit_bias; {target.name} has ids 0 to {target.vocabulary - 1}"
+            )
         room = min(settings.max_new_tokens, target.context - len(ids))
         sampler = Sampler(
             settings,
@@ -311,9 +333,10 @@ class Engine:
         cache = self._context.cache
         cache.move(last, slot)
         cache.truncate(last, 0)
-        for items in (self._live, self._context.requests):
-            items[slot] = items[last]  # type: ignore[index]
-            items.pop()
+        self._live[slot] = self._live[last]
+        self._context.requests[slot] = self._context.requests[last]
+        self._live.pop()
+        self._context.requests.pop()
 
     def _output(self, live: _Live, reason: str) -> Output:
         request = live.context

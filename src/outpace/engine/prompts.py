@@ -25,7 +25,7 @@ def as_batch(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
     items: list[Any] = list(prompts)
     if not items:
         raise ConfigError("no prompt: pass a string, chat messages, token ids, or a list of those")
-    if isinstance(items[0], int) or isinstance(items[0], Mapping):
+    if isinstance(items[0], int | Mapping):
         return [items]
     return items
 
@@ -38,7 +38,7 @@ def encode(target: Target, prompt: Prompt, *, chat: bool = True) -> list[int]:
     """
     tokenizer = target.tokenizer
     if isinstance(prompt, str) and not prompt.strip():
-        raise ConfigError("empty prompt: pass some text, e.g. outpace generate \"Why is the sky blue?\"")
+        raise ConfigError('empty prompt: pass some text, e.g. outpace generate "Why is the sky blue?"')
     items: list[Any] = [] if isinstance(prompt, str) else list(prompt)
     if items and isinstance(items[0], int):
         ids = [int(token) for token in items]

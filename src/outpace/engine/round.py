@@ -1,4 +1,4 @@
-"""One round, to be read beside the papers: guess a tree, run it in one pass, walk the path through it, keep what it passed.
+"""One round, to be read beside the papers: guess a tree, run it in one pass, walk through it, keep what was passed.
 
     draft = drafter.propose(context)
     block = root + draft + scouts

@@ -25,7 +25,7 @@ class Key(NamedTuple):
 
     stream: Stream
     position: int
-    index: int = 0
+    order: int = 0
     round_index: int = 0
 
 
@@ -71,9 +71,7 @@ class NoiseDice:
 
     def uniform(self, key: Key) -> float:
         """The number behind a key, in [0, 1)."""
-        return self.noise.uniform(
-            self.request, key.position, key.stream, round_index=key.round_index, index=key.index
-        )
+        return self.noise.uniform(self.request, key.position, key.stream, round_index=key.round_index, index=key.order)
 
     def draw(self, weights: Tensor, key: Key) -> int:
         """Inverse CDF at the key's number; with Gumbel noise (path stream only) the arg-max of log p + g."""
@@ -83,5 +81,5 @@ class NoiseDice:
         return draw(weights, self.uniform(key))
 
     def accept(self, p: float, q: float, key: Key) -> bool:
-        """u * q < p: always when p >= q, never when p is zero (no division, no u <= 0 case)."""
+        """U * q < p: always when p >= q, never when p is zero (no division, no u <= 0 case)."""
         return self.uniform(key) * q < p

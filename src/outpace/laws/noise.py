@@ -106,7 +106,7 @@ class Noise:
 
         request, position: int64, broadcastable shapes. Equal to `uniform(request, position)` entry by entry.
         """
-        position, request = torch.broadcast_tensors(position.long(), request.long())
+        position, request = position.long() + request.long() * 0, request.long() + position.long() * 0
         high = (request >> 32) & _MASK
         x0, x1, _, _ = philox((position & _MASK, request & _MASK, high, torch.zeros_like(high)), self._key)
         return ((x0 >> 5) * 67108864 + (x1 >> 6)).double() / 9007199254740992.0

@@ -67,14 +67,12 @@ class Settings:
     noise: NoiseKind = "uniform"
 
     def __post_init__(self) -> None:
-        if isinstance(self.stop, str):
-            object.__setattr__(self, "stop", (self.stop,))
-        for name in ("stop", "processors", "eos"):
-            value = getattr(self, name)
-            if isinstance(value, list):
+        given: dict[str, Any] = {name: getattr(self, name) for name in ("stop", "processors", "eos")}
+        for name, value in given.items():
+            if isinstance(value, str | int):
+                object.__setattr__(self, name, (value,))
+            elif isinstance(value, list):
                 object.__setattr__(self, name, tuple(value))
-        if isinstance(self.eos, int):
-            object.__setattr__(self, "eos", (self.eos,))
         self._check_ranges()
         if self.temperature == 0:
             self._refuse_without_effect()
@@ -91,7 +89,11 @@ class Settings:
         need(self.min_p is None or 0 <= self.min_p <= 1, "min_p", "in [0, 1] (or None)")
         need(self.repetition_penalty > 0, "repetition_penalty", "above 0 (1.0 is none)")
         need(self.min_new_tokens >= 0, "min_new_tokens", "0 or more")
-        need(self.min_new_tokens <= self.max_new_tokens, "min_new_tokens", f"at most max_new_tokens={self.max_new_tokens}")
+        need(
+            self.min_new_tokens <= self.max_new_tokens,
+            "min_new_tokens",
+            f"at most max_new_tokens={self.max_new_tokens}",
+        )
         need(all(self.stop), "stop", "a tuple of non-empty strings")
         need(0 <= self.seed < 1 << 64, "seed", "from 0 to 2^64 - 1")
         need(self.request is None or 0 <= self.request < 1 << 64, "request", "from 0 to 2^64 - 1")

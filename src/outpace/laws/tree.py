@@ -156,7 +156,9 @@ class Tree:
             if self.laws is None:
                 raise DraftError(f"{origin} proposed a sampled draft ({self.kind}) without the laws it drew from")
             if self.laws.shape[0] != len(self.tokens) + 1:
-                raise DraftError(f"{origin} gave {self.laws.shape[0]} law rows for {len(self.tokens)} nodes; need n + 1")
+                raise DraftError(
+                    f"{origin} gave {self.laws.shape[0]} law rows for {len(self.tokens)} nodes; need n + 1"
+                )
             for node, (token, parent) in enumerate(zip(self.tokens, self.parents, strict=True)):
                 if not float(self.laws[parent + 1, token]) > 0:
                     raise DraftError(

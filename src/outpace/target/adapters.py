@@ -43,7 +43,9 @@ class GatedLoRA(nn.Module):
         self.names = tuple(shapes)
 
     @classmethod
-    def for_layers(cls, model: nn.Module, suffixes: tuple[str, ...], rank: int, alpha: float | None = None) -> GatedLoRA:
+    def for_layers(
+        cls, model: nn.Module, suffixes: tuple[str, ...], rank: int, alpha: float | None = None
+    ) -> GatedLoRA:
         """Tails for every linear layer whose name ends in one of `suffixes` ("q_proj", "down_proj", ...).
 
         Raises:
@@ -61,7 +63,8 @@ class GatedLoRA(nn.Module):
     def tail(self, name: str, rows: Tensor) -> Tensor:
         """The low-rank addition for some rows: [..., in] -> [..., out]."""
         down, up = self.down[_key(name)], self.up[_key(name)]
-        return (rows.to(down.dtype) @ down.T @ up.T * self.scale).to(rows.dtype)
+        added: Tensor = (rows.to(down.dtype) @ down.T @ up.T * self.scale).to(rows.dtype)
+        return added
 
 
 def _key(name: str) -> str:
@@ -82,7 +85,7 @@ def attach(model: nn.Module, adapter: GatedLoRA, gate: Gate) -> list[Any]:
         CheckpointError: if the adapter names a layer the model does not have, or of another shape.
     """
     modules = dict(model.named_modules())
-    handles = []
+    handles: list[Any] = []
     for name in adapter.names:
         module = modules.get(name)
         wanted = (adapter.up[_key(name)].shape[0], adapter.down[_key(name)].shape[1])

@@ -82,7 +82,9 @@ class Block:
         return int(self.tokens.shape[1])
 
     @classmethod
-    def chain(cls, tokens: Sequence[Sequence[int]], lengths: Sequence[int], device: torch.device, first: int = 0) -> Block:
+    def chain(
+        cls, tokens: Sequence[Sequence[int]], lengths: Sequence[int], device: torch.device, first: int = 0
+    ) -> Block:
         """Consecutive tokens behind `lengths` cached ones; shorter rows are padded with rows that are not used."""
         width = max(len(row) for row in tokens)
         padded = torch.tensor([[*row, *([0] * (width - len(row)))] for row in tokens], device=device)

@@ -30,7 +30,7 @@ class CacheIntegrityError(OutpaceError, AssertionError):
     """An invariant of the cache does not hold: a bug in outpace, never the user's fault."""
 
 
-class BlockCache(Cache):
+class BlockCache(Cache):  # type: ignore[misc]  # transformers ships no types
     """A cache that holds, per slot, the committed tokens of one request and the rows of the pass in flight.
 
     Args:
@@ -216,7 +216,9 @@ class BlockCache(Cache):
                 raise CacheIntegrityError(f"invariant 3: slot {slot} holds {length} of {self.capacity} entries")
             for layer, keys in enumerate(self._keys):
                 if keys is not None and length and not bool(torch.isfinite(keys[slot, :, :length]).all()):
-                    raise CacheIntegrityError(f"invariant 2: layer {layer}, slot {slot} holds numbers that are not finite")
+                    raise CacheIntegrityError(
+                        f"invariant 2: layer {layer}, slot {slot} holds numbers that are not finite"
+                    )
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Committed entries of the longest request (what transformers calls the length)."""

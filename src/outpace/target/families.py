@@ -69,7 +69,7 @@ def part(model: nn.Module, path: str) -> Any:
 
 
 def layer_types(config: Any, family: Family | None) -> list[str]:
-    """ "full_attention" or "sliding_attention" for each layer."""
+    """For each layer, "full_attention" or "sliding_attention"."""
     count = int(config.num_hidden_layers)
     declared = getattr(config, "layer_types", None)
     if declared is not None and (family is None or family.window == "types"):
@@ -98,4 +98,6 @@ def refuse_what_cannot_rewind(model: nn.Module) -> None:
             "model with transformers.generate"
         )
     if getattr(config, "alibi", False):
-        raise UnsupportedError(f"{kind} adds ALiBi biases that depend on cache slots; tree drafts need explicit positions")
+        raise UnsupportedError(
+            f"{kind} adds ALiBi biases that depend on cache slots; tree drafts need explicit positions"
+        )

@@ -53,7 +53,9 @@ class GenericRunner:
             )
         scouts = block.scouts
         if scouts is not None and scouts.enter > 0:
-            raise UnsupportedError(f"{target.config.model_type} runs through its own forward: scouts can only enter at layer 0")
+            raise UnsupportedError(
+                f"{target.config.model_type} runs through its own forward: scouts can only enter at layer 0"
+            )
         rows = block.rows + (scouts.count if scouts else 0)
         lengths = cache.lengths[block.first : block.first + block.tokens.shape[0]]
         sees, positions = block_visibility(block)
@@ -123,8 +125,8 @@ class GenericRunner:
                 raise
             except Exception as error:
                 raise UnsupportedError(
-                    f"{kind} is outside the family table and its own forward does not run a block of rows with a cache, "
-                    f"a 4-D mask and position ids ({type(error).__name__}: {error}); see outpace.target.families"
+                    f"{kind} is outside the family table and its own forward does not run a block of rows with a "
+                    f"cache, a 4-D mask and position ids ({type(error).__name__}: {error}); see outpace.target.families"
                 ) from error
         assert found is not None
         want = torch.stack(plain).float()
@@ -133,7 +135,7 @@ class GenericRunner:
         allowed = scale * {torch.float64: 1e-9, torch.float32: 1e-3}.get(target.dtype, 6e-2)
         if not gap <= allowed:
             raise UnsupportedError(
-                f"{kind} is outside the family table, and its own forward does not give the same logits for a tree of "
-                f"rows as for plain passes (they differ by {gap:.3g}, logits reach {scale:.3g}); it may ignore position "
+                f"{kind} is outside the family table, and its own forward does not give the same logits for a tree "
+                f"of rows as for plain passes (they differ by {gap:.3g}, logits reach {scale:.3g}); it may ignore position "
                 "ids or masks. Decode it with transformers.generate, or add a row to outpace.target.families"
             )

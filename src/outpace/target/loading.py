@@ -1,7 +1,12 @@
-"""From a name to a model: aliases, hub names, directories, GGUF files. Nothing is unpickled, no remote code runs unasked."""
+"""From a name to a model: aliases, hub names, directories, GGUF files.
+
+Nothing is unpickled, and no code that comes with a model runs unasked.
+"""
 
 from __future__ import annotations
 
+import functools
+import importlib
 import importlib.util
 import warnings
 from pathlib import Path
@@ -22,10 +27,21 @@ class Tokenizer(Protocol):
     eos_token_id: int | None
 
     def __len__(self) -> int: ...
-    def encode(self, text: str, *, add_special_tokens: bool = ...) -> list[int]: ...
-    def decode(self, ids: Any, *, skip_special_tokens: bool = ...) -> str: ...
-    def apply_chat_template(self, conversation: Any, **kwargs: Any) -> Any: ...
-    def get_vocab(self) -> dict[str, int]: ...
+    def encode(self, text: str, *, add_special_tokens: bool = ...) -> list[int]:
+        """Text to ids."""
+        ...
+
+    def decode(self, ids: Any, *, skip_special_tokens: bool = ...) -> str:
+        """Ids to text."""
+        ...
+
+    def apply_chat_template(self, conversation: Any, **kwargs: Any) -> Any:
+        """Messages to the text the model was trained on."""
+        ...
+
+    def get_vocab(self) -> dict[str, int]:
+        """Token strings to ids."""
+        ...
 
 
 def embedded_smollm2() -> Path | None:
@@ -102,7 +118,7 @@ def load(
     import transformers
 
     try:
-        with _quiet(transformers):
+        with _Quiet(transformers, gguf=gguf_file is not None):
             tokenizer = transformers.AutoTokenizer.from_pretrained(source, **extra)
             model = transformers.AutoModelForCausalLM.from_pretrained(
                 source, dtype=dtype, **extra, **_unpacked(transformers, gguf_file)
@@ -130,27 +146,35 @@ def _why_not_loaded(name: str, error: Exception) -> str:
     text = str(error).strip().splitlines()
     reason = text[0] if text else type(error).__name__
     if "/" not in name and not Path(name).exists():
-        return f"cannot load model {name!r}: not a local path, an alias or a hub name ({suggestion(name, ALIASES)}). {reason}"
+        known = suggestion(name, ALIASES)
+        return f"cannot load model {name!r}: not a local path, an alias or a hub name ({known}). {reason}"
     return f"cannot load model {name!r}: {reason}"
 
 
-class _quiet:
+class _Quiet:
     """Keep transformers' progress bars and advice out of our output while loading."""
 
-    def __init__(self, transformers: Any) -> None:
+    def __init__(self, transformers: Any, *, gguf: bool = False) -> None:
         self._logging = transformers.utils.logging
         self._caught = warnings.catch_warnings()
+        # the GGUF reader draws a bar of its own, which transformers' switch does not reach
+        self._reader: Any = importlib.import_module("transformers.modeling_gguf_pytorch_utils") if gguf else None
+        self._bar = getattr(self._reader, "tqdm", None)
 
     def __enter__(self) -> None:
         self._verbosity = self._logging.get_verbosity()
         self._bars = self._logging.is_progress_bar_enabled()
         self._logging.set_verbosity_error()
         self._logging.disable_progress_bar()
+        if self._reader is not None and self._bar is not None:
+            self._reader.tqdm = functools.partial(self._bar, disable=True)
         self._caught.__enter__()
         warnings.simplefilter("ignore")
 
     def __exit__(self, *error: object) -> None:
         self._caught.__exit__(*error)  # type: ignore[arg-type]
         self._logging.set_verbosity(self._verbosity)
+        if self._reader is not None and self._bar is not None:
+            self._reader.tqdm = self._bar
         if self._bars:
             self._logging.enable_progress_bar()

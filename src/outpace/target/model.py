@@ -16,7 +16,7 @@ from torch import nn
 
 from outpace.errors import ConfigError, UnsupportedError
 from outpace.target import attention
-from outpace.target.adapters import GatedLoRA, Gate, attach
+from outpace.target.adapters import Gate, GatedLoRA, attach
 from outpace.target.block import Block, Readout
 from outpace.target.cache import ALIGN, BlockCache
 from outpace.target.families import Family, find_family, layer_types, part, refuse_what_cannot_rewind
@@ -67,15 +67,16 @@ class Target:
         attention.register()
         self.model: Any = model.eval()
         self.tokenizer = tokenizer
-        self.config: Any = model.config
+        config: Any = model.config
+        self.config = config
         self.name = name or getattr(self.config, "_name_or_path", "") or type(model).__name__
         self.family: Family | None = find_family(self.config)
-        self.layers_total = int(self.config.num_hidden_layers)
+        self.layers_total = int(config.num_hidden_layers)
         self.layer_ids: tuple[int, ...] = tuple(range(self.layers_total))
         self.layer_types = layer_types(self.config, self.family)
         self.window: int | None = getattr(self.config, "sliding_window", None)
-        self.vocabulary = int(self.config.vocab_size)
-        self.hidden_size = int(self.config.hidden_size)
+        self.vocabulary = int(config.vocab_size)
+        self.hidden_size = int(config.hidden_size)
         self.context = int(getattr(self.config, "max_position_embeddings", 0) or 1 << 30)
         self.eos = _eos_ids(model)
         self._gate = Gate()
@@ -124,7 +125,8 @@ class Target:
 
     def __repr__(self) -> str:
         family = self.family.name if self.family else "own forward"
-        return f"Target({self.name!r}, {family}, {len(self.layer_ids)}/{self.layers_total} layers, {self.dtype}, {self.device})"
+        layers = f"{len(self.layer_ids)}/{self.layers_total} layers"
+        return f"Target({self.name!r}, {family}, {layers}, {self.dtype}, {self.device})"
 
     @property
     def device(self) -> torch.device:
@@ -195,9 +197,7 @@ class Target:
         """Input embeddings of token ids, scaled as the family does: [...] int64 -> [..., H]."""
         return self.model.get_input_embeddings()(tokens)  # type: ignore[no-any-return]
 
-    def run(
-        self, block: Block, cache: BlockCache, *, taps: Collection[str] = (), logits: bool = True
-    ) -> Readout:
+    def run(self, block: Block, cache: BlockCache, *, taps: Collection[str] = (), logits: bool = True) -> Readout:
         """One pass over a block: writes its keys and values into the cache (open until committed or dropped).
 
         Args:
@@ -220,7 +220,9 @@ class Target:
             UnsupportedError: for a model outside the family table.
         """
         if self.family is None:
-            raise UnsupportedError(f"{self.config.model_type} runs through its own forward and cannot stop in the middle")
+            raise UnsupportedError(
+                f"{self.config.model_type} runs through its own forward and cannot stop in the middle"
+            )
         wanted = check_taps(taps, self.layers_total)
         rows = block.rows + (block.scouts.count if block.scouts else 0)
         cache.open(block.first, block.tokens.shape[0], rows)
@@ -293,9 +295,7 @@ class Target:
         angles: dict[str, tuple[Tensor, Tensor]] = {}
         for kind in {self.layer_types[layer] for layer in self.layer_ids}:
             window = self.window if kind == "sliding_attention" else None
-            masks[kind] = attention.tile(
-                additive_mask(sees, positions, lengths, width, hidden.dtype, window), groups
-            )
+            masks[kind] = attention.tile(additive_mask(sees, positions, lengths, width, hidden.dtype, window), groups)
             if self.family.rotary_by_type:
                 angles[kind] = rotary(hidden, positions, kind)
             elif not angles:

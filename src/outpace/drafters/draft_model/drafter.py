@@ -20,6 +20,7 @@ from outpace.target import Block, Target
 if TYPE_CHECKING:
     from torch import Tensor
 
+
 class DraftModel(Drafter):
     """Draft a chain with a second model.
 

@@ -68,7 +68,7 @@ class Window:
     def visibility(self) -> Tensor:
         """[cells, 1 + cells] bool: which of the root and the cells each cell sees.
 
-        A cell of row 0 sees row 0 up to itself; a cell below sees row 0 up to its column, and its column down to itself.
+        A cell of row 0 sees row 0 up to itself; one below sees row 0 up to its column, and its column down to itself.
         """
         cells = self.cells()
         index = {cell: i + 1 for i, cell in enumerate(cells)} | {(0, 0): 0}

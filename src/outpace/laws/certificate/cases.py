@@ -101,9 +101,7 @@ def propose(
     return Tree(tokens, parents, case.kind, torch.stack(rows))
 
 
-def _siblings(
-    q: Tensor, dice: Explorer, prefix: tuple[int, ...], case: Case, round_index: int, node: int
-) -> list[int]:
+def _siblings(q: Tensor, dice: Explorer, prefix: tuple[int, ...], case: Case, round_index: int, node: int) -> list[int]:
     if case.mode == "own number":
         return [dice.draw(q, Key(Stream.PATH, len(prefix)))]
     if case.mode == "top-k":
@@ -206,13 +204,17 @@ def _trees() -> Iterator[Case]:
         for kind in ("iid", "without_replacement"):
             for branching, depth in ((2, 1), (3, 1), (2, 2)):
                 name = f"{rule}, {kind.replace('_', ' ')}, {branching} children, depth {depth}"
-                yield Case(name, rule, depth, branching, kind=kind, vocabulary=3 if branching == 3 else 2 + (depth == 1))
+                yield Case(
+                    name, rule, depth, branching, kind=kind, vocabulary=3 if branching == 3 else 2 + (depth == 1)
+                )
             yield Case(f"{rule}, {kind.replace('_', ' ')}, zeros", rule, 1, 3, kind=kind, zeros=True)
             yield Case(f"{rule}, {kind.replace('_', ' ')}, two rounds", rule, 1, 2, kind=kind, rounds=2)
         yield Case(f"{rule}, top-k tree, depth 3", rule, 3, 2, mode="top-k")
     yield Case("path, drafter reads the path's number, depth 2", "path", 2, mode="own number")
     yield Case("path, drafter reads the path's number, two rounds", "path", 1, mode="own number", rounds=2)
-    yield Case("path, drafter reads it, top-p 0.8", "path", 2, mode="own number", settings=Settings(temperature=1, top_p=0.8))
+    yield Case(
+        "path, drafter reads it, top-p 0.8", "path", 2, mode="own number", settings=Settings(temperature=1, top_p=0.8)
+    )
 
 
 CASES: Final[tuple[Case, ...]] = (*_chains(), *_trees())

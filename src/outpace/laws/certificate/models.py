@@ -34,7 +34,9 @@ class TableModel:
         return cls(len(start), lambda context: after[context[-1]] if context else first)
 
     @classmethod
-    def dirichlet(cls, vocabulary: int, depth: int, seed: int, *, alpha: float = 0.7, zeros: bool = False) -> TableModel:
+    def dirichlet(
+        cls, vocabulary: int, depth: int, seed: int, *, alpha: float = 0.7, zeros: bool = False
+    ) -> TableModel:
         """A random law for every context up to `depth` tokens; with `zeros`, some tokens are impossible."""
         generator = torch.Generator().manual_seed(seed)
         rows = {}
