@@ -136,6 +136,6 @@ class GenericRunner:
         if not gap <= allowed:
             raise UnsupportedError(
                 f"{kind} is outside the family table, and its own forward does not give the same logits for a tree "
-                f"of rows as for plain passes (they differ by {gap:.3g}, logits reach {scale:.3g}); it may ignore position "
-                "ids or masks. Decode it with transformers.generate, or add a row to outpace.target.families"
+                f"of rows as for plain passes (they differ by {gap:.3g}, logits reach {scale:.3g}); it may ignore "
+                "position ids or masks. Decode it with transformers.generate, or add a row to outpace.target.families"
             )
