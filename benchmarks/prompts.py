@@ -10,9 +10,9 @@ _LIBRARY = (
 _BEES = (
     "Honey bees find food by scouting. A scout that discovers a rich patch of flowers returns to the hive and performs "
     "a waggle dance. The angle of the waggle dance shows the direction of the flowers relative to the sun, and the "
-    "length of the waggle run shows how far away the flowers are. Other bees follow the dancer, then fly to the patch. When "
-    "the flowers run out of nectar, the dancers stop, and the colony shifts its foragers to another patch. In this way "
-    "the colony as a whole chooses the best flowers, although no single bee compares them."
+    "length of the waggle run shows how far away the flowers are. Other bees follow the dancer, then fly to the patch. "
+    "When the flowers run out of nectar, the dancers stop, and the colony shifts its foragers to another patch. In "
+    "this way the colony as a whole chooses the best flowers, although no single bee compares them."
 )
 _SHAPES = """def area(shape):
     if shape.kind == "circle":

@@ -1,5 +1,6 @@
 """The engine: the round, ragged batches, streaming, statistics."""
 
+from outpace.engine.audit import Auditor, AuditReport, Difference, Finding, audit
 from outpace.engine.engine import Engine, Progress
 from outpace.engine.output import Chunk, Output, Round, Stats, total
 from outpace.engine.pace import Pace
@@ -7,8 +8,12 @@ from outpace.engine.prompts import Prompt, encode
 from outpace.engine.round import Timing, play_round
 
 __all__ = [
+    "AuditReport",
+    "Auditor",
     "Chunk",
+    "Difference",
     "Engine",
+    "Finding",
     "Output",
     "Pace",
     "Progress",
@@ -16,6 +21,7 @@ __all__ = [
     "Round",
     "Stats",
     "Timing",
+    "audit",
     "encode",
     "play_round",
     "total",

@@ -134,9 +134,10 @@ class Pace:
         if self._accepted * _DEAD_AFTER <= self._drafted_rounds:
             self.dead = True
             warnings.warn(
-                f"drafter {drafter!r} had {self._accepted} tokens accepted in {self._drafted_rounds} drafted rounds and "
-                "is switched off. That is rarely bad luck: check that it was trained for this very target, tokenizer "
-                "and chat template, that it reads the taps it was trained on, and that positions are not shifted by one",
+                f"drafter {drafter!r} had {self._accepted} tokens accepted in {self._drafted_rounds} drafted rounds "
+                "and is switched off. That is rarely bad luck: check that it was trained for this very target, "
+                "tokenizer and chat template, that it reads the taps it was trained on, and that positions are not "
+                "shifted by one",
                 stacklevel=4,
             )
 
