@@ -147,6 +147,17 @@ def test_unknown_settings_and_rules_are_refused_by_name():
         Engine(target()).generate([[1]], logit_bias={77: 1.0})
 
 
+def test_options_that_cannot_work_are_refused_before_a_model_is_loaded(monkeypatch):
+    monkeypatch.setattr(Target, "from_pretrained", lambda *args, **kwargs: pytest.fail("the model was loaded"))
+    for options, words in (
+        ({"drafter": "sufix"}, "did you mean 'suffix'"),
+        ({"rule": "tokens"}, "unknown rule"),
+        ({"drafter": "suffix", "rule": "token"}, "use rule='path'"),
+    ):
+        with pytest.raises(ConfigError, match=words):
+            Engine.from_pretrained("smollm2", **options)
+
+
 class Faulty(TokenDrafter):
     name = "faulty"
 

@@ -97,7 +97,7 @@ class Engine:
         self._rule = find_rule(rule)
         self.strict_rows = STRICT_ROWS if strict is True else int(strict)
         self.max_batch = max_batch
-        self._check_fit()
+        _check_options(self.drafter, rule, max_batch, self.strict_rows)
         self.timing = Timing()
         self.pace = Pace(enabled=stand_down)
         self._checks = check_integrity
@@ -113,25 +113,6 @@ class Engine:
             if self.drafter.adapter is not None:
                 self._open.enter_context(target.adapted(self.drafter.adapter))
 
-    def _check_fit(self) -> None:
-        drafter = self.drafter
-        if self.max_batch < 1:
-            raise ConfigError(f"max_batch must be at least 1, got {self.max_batch}")
-        if self.strict_rows < 0 or self.strict_rows == 1:
-            raise ConfigError(f"strict needs at least 2 rows, got {self.strict_rows}")
-        if drafter is None:
-            return
-        if self.rule_name != "path" and drafter.kind == "deterministic":
-            raise ConfigError(
-                f"rule={self.rule_name!r} verifies drafts sampled from a known law, but {drafter.name!r} chooses its "
-                "tokens; use rule='path' (nothing is lost: it accepts the most any exact rule can), or a sampling "
-                "drafter such as draft_model with draw='own'"
-            )
-        if self.strict_rows and drafter.needs.scouts:
-            raise ConfigError(
-                f"strict runs passes of a fixed width, but {drafter.name!r} adds scouts; drop one of them"
-            )
-
     @classmethod
     def from_pretrained(
         cls,
@@ -144,9 +125,12 @@ class Engine:
         **options: Any,
     ) -> Engine:
         """Load a target (see `Target.from_pretrained`) and build an engine around it; `options` go to `Engine`."""
-        make_drafter(drafter)  # a mistyped drafter should not cost the loading of a model
+        made = make_drafter(drafter)
+        rule: RuleName = options.get("rule", "path")
+        find_rule(rule)
+        _check_options(made, rule, 1, 0)  # a mistake here should not cost the loading of a model
         target = Target.from_pretrained(name_or_path, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
-        return cls(target, drafter, **options)
+        return cls(target, made, **options)
 
     def generate(
         self, prompts: Prompt | Sequence[Prompt], settings: Settings | None = None, **changes: Any
@@ -352,6 +336,23 @@ class Engine:
             guarantee=live.guarantee,
             notes=self.pace.notes(request),
         )
+
+
+def _check_options(drafter: Drafter | None, rule: RuleName, max_batch: int, strict_rows: int) -> None:
+    if max_batch < 1:
+        raise ConfigError(f"max_batch must be at least 1, got {max_batch}")
+    if strict_rows < 0 or strict_rows == 1:
+        raise ConfigError(f"strict needs at least 2 rows, got {strict_rows}")
+    if drafter is None:
+        return
+    if rule != "path" and drafter.kind == "deterministic":
+        raise ConfigError(
+            f"rule={rule!r} verifies drafts sampled from a known law, but {drafter.name!r} chooses its tokens; use "
+            "rule='path' (nothing is lost: it accepts the most any exact rule can), or a sampling drafter such as "
+            "draft_model with draw='own'"
+        )
+    if strict_rows and drafter.needs.scouts:
+        raise ConfigError(f"strict runs passes of a fixed width, but {drafter.name!r} adds scouts; drop one of them")
 
 
 def _settings(settings: Settings | None, changes: dict[str, Any]) -> Settings:
