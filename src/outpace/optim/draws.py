@@ -1,0 +1,42 @@
+"""Uniform draws keyed by (seed, parameter, step, element): the same on every device, shard and chunk size."""
+
+from __future__ import annotations
+
+from typing import Final
+
+import torch
+from torch import Tensor
+
+_MASK64: Final = (1 << 64) - 1
+MIX1: Final = 0x7FEB352D
+MIX2: Final = 0x846CA68B - (1 << 32)  # the same 32 bits as a signed integer
+
+
+def draw_key(seed: int, parameter: int, step: int) -> int:
+    """A signed 32-bit key for one parameter in one step.
+
+    Source: the finaliser of SplitMix64, applied once per word.
+    """
+    state = 0
+    for word in (seed, parameter, step):
+        state = (state + (word & _MASK64) + 0x9E3779B97F4A7C15) & _MASK64
+        state = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & _MASK64
+        state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) & _MASK64
+        state ^= state >> 31
+    key = state >> 32
+    return key - (1 << 32) if key >> 31 else key
+
+
+def uniforms(slots: Tensor, key: int) -> Tensor:
+    """One draw in [0, 1) per slot, a multiple of 2^-16, as float32.
+
+    slots: int64, any shape; the element's place in the parameter (group index * 32 + place in the group)
+    Sixteen bits are all that can matter: an fp32 weight lies on a grid of 2^-15 or 2^-16 of half a bf16 step, so
+    rounding up happens with exactly the wanted probability. Two neighbours therefore share one 32-bit hash.
+    Slots 2^33 apart in one parameter share their draw, which nothing compares.
+    """
+    x = (slots >> 1).to(torch.int32) + key  # int32 arithmetic wraps, as the kernel's does
+    x = (x ^ ((x >> 16) & 0xFFFF)) * MIX1
+    x = (x ^ ((x >> 15) & 0x1FFFF)) * MIX2
+    half = torch.where((slots & 1).bool(), x >> 16, x) & 0xFFFF
+    return half.to(torch.float32) * 2.0**-16
