@@ -9,7 +9,8 @@ from torch import Tensor
 
 from outpace.optim.settings import Scales, States
 
-SMALLEST_SCALE: Final = 2.0**-100  # below this a group counts as zero; far under any gradient that matters
+SMALLEST_SCALE: Final = 2.0**-80  # of moments; whatever is far below counts as zero
+SMALLEST_ROOT: Final = 2.0**-50  # of square roots of variances, so that the square of a code never underflows
 PUBLISHED_SMALLEST: Final = 1e-12  # the floor of the published scheme, used with fp16 scales only
 SCALE_DTYPES: Final = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -28,52 +29,79 @@ def encode_momentum(m: Tensor, states: States, scales: Scales) -> tuple[Tensor, 
     """Signed states to int8 codes and one scale per group.
 
     m: [groups, 32] float32, finite. Returns codes [groups, 32] int8 in -127..127 and scales [groups].
-    Source: FlashOptim (arXiv 2602.23349), section 4; the curve is 2y / (1 + |y|) of y = m / scale.
+    The curve is 2y / (1 + |y|) of y = m / scale, computed as 2m / (scale + |m|): one division instead of two.
+    Source: FlashOptim (arXiv 2602.23349), section 4; with scales="fp16" in its very order of operations.
     """
-    divisor, scale = _scale(m.abs().amax(-1), scales)
-    y = (m / divisor[:, None]).clamp_(-1.0, 1.0)
-    if states == "companded8":
-        y = (y * 2.0) / (y.abs() + 1.0)
-    return (y * 127.0 + 0.5).floor_().to(torch.int8), scale
+    largest = m.abs().amax(-1)
+    if scales == "fp16":
+        divisor, scale = _published_scale(largest)
+        y = m / divisor[:, None]
+        if states == "companded8":
+            y = (y * 2.0) / (y.abs() + 1.0)
+        return (y * 127.0 + 0.5).floor_().to(torch.int8), scale
+    divisor, scale = _scale(largest, SMALLEST_SCALE, scales)
+    below = divisor[:, None]
+    code = m / (below + m.abs()) * 254.0 if states == "companded8" else m / below * 127.0
+    return code.round_().to(torch.int8), scale
 
 
 def decode_momentum(code: Tensor, scale: Tensor, states: States) -> Tensor:
     """Codes [groups, 32] int8 and scales [groups] to float32."""
-    z = exact_ratio(code.float(), 127.0)
+    q, s = code.float(), scale.float()[:, None]
+    if scale.dtype != torch.float16:
+        return (q * s) / (254.0 - q.abs()) if states == "companded8" else exact_ratio(q * s, 127.0)
+    z = exact_ratio(q, 127.0)
     if states == "companded8":
         z = z / (2.0 - z.abs())
-    return z * scale.float()[:, None]
+    return z * s
 
 
 def encode_variance(v: Tensor, states: States, scales: Scales, floor: bool) -> tuple[Tensor, Tensor]:
     """Non-negative states to uint8 codes of their square root, and one scale per group.
 
-    v: [groups, 32] float32, finite, 0 or a normal number. Returns codes [groups, 32] uint8 and scales [groups].
+    v: [groups, 32] float32, finite. Returns codes [groups, 32] uint8 and scales [groups].
     floor: a positive v gets at least code 1. At code 0 the next step divides by almost nothing: an element beside a
     noisy neighbour was measured to move 75 times too far; with the floor it moves at most as far as it should.
     """
     root = exact_sqrt(v) if states == "companded8" else v
-    divisor, scale = _scale(root.amax(-1), scales)
-    code = ((root / divisor[:, None]).clamp_(max=1.0) * 255.0 + 0.5).floor_()
+    largest = root.amax(-1)
+    if scales == "fp16":
+        divisor, scale = _published_scale(largest)
+        code = (root / divisor[:, None] * 255.0 + 0.5).floor_()
+    else:
+        smallest = SMALLEST_ROOT if states == "companded8" else SMALLEST_SCALE
+        divisor, scale = _scale(largest, smallest, scales)
+        per_unit = torch.full_like(divisor, 255.0) / divisor  # 255.0 / divisor would round twice
+        code = (root * per_unit[:, None]).round_()
     if floor:
-        code = torch.where(v > 0, code.clamp_min(1.0), code)
+        code = torch.where(root > 0, code.clamp_min(1.0), code)
     return code.to(torch.uint8), scale
 
 
 def decode_variance(code: Tensor, scale: Tensor, states: States) -> Tensor:
     """Codes [groups, 32] uint8 and scales [groups] to float32."""
-    root = exact_ratio(code.float(), 255.0) * scale.float()[:, None]
+    q, s = code.float(), scale.float()
+    if scale.dtype == torch.float16:
+        root = exact_ratio(q, 255.0) * s[:, None]
+    else:
+        unit = exact_ratio(s, 255.0)
+        # Code 255 must not decode above the scale, or encoding it again would take the next scale.
+        unit = (unit.view(torch.int32) - (unit * 255.0 > s).to(torch.int32)).view(torch.float32)
+        root = q * unit[:, None]
     return root * root if states == "companded8" else root
 
 
-def _scale(largest: Tensor, scales: Scales) -> tuple[Tensor, Tensor]:
-    """(what to divide by, what to store) for groups whose largest magnitude is given, both finite."""
-    if scales == "fp16":
-        largest = largest.clamp_min(PUBLISHED_SMALLEST)
-        return largest, largest.clamp(max=torch.finfo(torch.float16).max).half()
-    largest = largest.clamp_min(SMALLEST_SCALE)
+def _published_scale(largest: Tensor) -> tuple[Tensor, Tensor]:
+    """(what to divide by, what to store) as published; a scale that would be infinite saturates."""
+    largest = largest.clamp_min(PUBLISHED_SMALLEST)
+    return largest, largest.clamp(max=torch.finfo(torch.float16).max).half()
+
+
+def _scale(largest: Tensor, smallest: float, scales: Scales) -> tuple[Tensor, Tensor]:
+    """(what to divide by, what to store) for groups whose largest magnitude is given; the same number twice."""
+    largest = largest.clamp_min(smallest)
     if scales == "fp32":
         return largest, largest
-    # Rounding up keeps |y| <= 1, and dividing by the stored scale leaves no mismatch between the two directions.
+    # Rounding up keeps every element at most 1, and dividing by the stored scale leaves no mismatch on the way back.
     up = ((largest.view(torch.int32) + 0xFFFF) & -0x10000).clamp_max(0x7F7F0000).view(torch.float32)
     return up, up.bfloat16()

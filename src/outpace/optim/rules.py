@@ -11,8 +11,7 @@ from torch import Tensor
 from outpace.optim.compand import exact_sqrt
 
 SMALLEST_MOMENT: Final = 2.0**-100  # first moments below this count as zero
-SMALLEST_SQUARE: Final = 2.0**-126  # second moments below this, fp32's smallest normal number, count as zero
-LARGEST_GRADIENT: Final = 2.0**63  # from here on a square overflows float32
+LARGEST_GRADIENT: Final = 2.0**39  # an element from here on is held, as one that is not finite
 
 
 class Updated(NamedTuple):
@@ -69,13 +68,12 @@ def adamw_numbers(group: Mapping[str, Any], step: int) -> Numbers:
 
 
 def adamw(g: Tensor, theta: Tensor, m: Tensor | None, v: Tensor | None, n: Numbers) -> Updated:
-    """Loshchilov and Hutter 2019, Algorithm 2. Moments too small for the GPU's arithmetic count as zero."""
+    """Loshchilov and Hutter 2019, Algorithm 2. A first moment far below any that matters counts as zero."""
     if m is None or v is None:
         raise AssertionError("AdamW has two moments")
     m = m * n.beta1 + g * n.rest1
     m = m.where(m.abs() >= SMALLEST_MOMENT, 0.0)
     v = v * n.beta2 + (g * g) * n.rest2
-    v = v.where(v >= SMALLEST_SQUARE, 0.0)
     return Updated(theta * n.decay - m / (exact_sqrt(v) * n.root + n.eps) * n.step, m, v)
 
 
