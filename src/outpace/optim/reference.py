@@ -29,7 +29,7 @@ class Stored:
     first, second: moments, 8-bit codes or float32 [*shape], None where the rule has none
     first_scale, second_scale: one per group, flat in the order of the groups; None where the moments are float32
     held: bool [], set to True when an element was left alone because its update was not finite
-    first_group: number of groups that earlier shards of the same parameter hold
+    first_slot: place of the first element in the whole parameter, which earlier shards hold the beginning of
     """
 
     weight: Tensor
@@ -39,7 +39,7 @@ class Stored:
     second: Tensor | None
     second_scale: Tensor | None
     held: Tensor
-    first_group: int = 0
+    first_slot: int = 0
 
 
 def row_length(weight: Tensor, storage: Storage) -> int:
@@ -65,7 +65,7 @@ def reference_step(
             g = g * scale
         groups = slice(group, group + theta.shape[0])
         slots = torch.arange(groups.start * GROUP, groups.stop * GROUP, device=theta.device).view(-1, GROUP)
-        draws = uniforms(slots + stored.first_group * GROUP, key) if storage.rounding == "stochastic" else None
+        draws = uniforms(slots + stored.first_slot, key) if storage.rounding == "stochastic" else None
         # decode
         narrow = theta
         code = part.read(stored.residual) if stored.residual is not None else None

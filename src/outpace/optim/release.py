@@ -140,7 +140,8 @@ class GradientRelease:
         if self._sharded:
             from torch.distributed import all_reduce
 
-            meshes = {as_d.device_mesh for _, p, _ in self._optimizer._places() if (as_d := shards.as_dtensor(p))}
+            sharded = [shards.as_dtensor(p) for _, p, _ in self._optimizer._places()]
+            meshes = {p.device_mesh for p in sharded if p is not None}
             if len(meshes) != 1 or (mesh := meshes.pop()).ndim != 1:
                 raise UnsupportedError(
                     "max_norm with parameters on several device meshes, or one of several dimensions"

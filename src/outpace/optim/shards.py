@@ -36,15 +36,15 @@ def offsets(param: Tensor) -> tuple[int, ...]:
     return tuple(offset)
 
 
-def first_group(param: Tensor) -> int:
-    """Number of groups before the local part when groups restart at every row (0 where nothing is sharded)."""
+def first_slot(param: Tensor) -> int:
+    """Place of the local part's first element, rows padded to whole groups (0 where nothing is sharded)."""
     start = offsets(param)
     if not any(start):
         return 0
     rows = 0
     for place, length in zip(start[:-1], param.shape[:-1], strict=True):
         rows = rows * length + place
-    return rows * math.ceil(param.shape[-1] / GROUP) + start[-1] // GROUP
+    return rows * math.ceil(param.shape[-1] / GROUP) * GROUP + start[-1]
 
 
 def cuts_groups(param: Tensor, layout: Layout) -> bool:

@@ -131,7 +131,7 @@ def _merged_group(optimizer: FlashOptimizer, mine: dict[str, Any], saved: Mappin
 
     if saved.get("format", FORMAT) != FORMAT:
         raise CheckpointError(f"the checkpoint has state format {saved['format']}, this version reads {FORMAT}")
-    if saved.get("amsgrad") or (optimizer.kind == "adamw" and saved.get("decoupled_weight_decay") is False):
+    if saved.get("amsgrad") or ("betas" in saved and saved.get("decoupled_weight_decay") is False):
         raise CheckpointError(
             "the checkpoint is of Adam with amsgrad or coupled weight decay, which FlashAdamW does not do; its moments "
             "would go on under another rule"
@@ -163,6 +163,12 @@ def _planned(
                 f"the checkpoint's {name} has shape {tuple(entry[name].shape)} and its parameter {tuple(param.shape)}; "
                 "the parameters are in another order, or of another model"
             )
+    lacking = [name for name in (rule.first, rule.second) if name and name not in entry]
+    if lacking and int(entry.get("step", 0)) > 0:
+        raise CheckpointError(
+            f"the checkpoint's state lacks {lacking[0]!r} after {int(entry['step'])} steps; it was saved by another "
+            "optimizer"
+        )
     kept = optimizer.state.get(param, {})
     before = optimizer.state.pop(param, None)
     try:
