@@ -44,7 +44,10 @@ CASES = {
     "lion-paper": (FlashLion, {"paper": True}),
     "sgd": (FlashSGD, {"momentum": 0.9, "weight_decay": 0.01}),
     "sgd-nesterov": (FlashSGD, {"momentum": 0.9, "nesterov": True}),
-    "sgd-decoupled": (FlashSGD, {"momentum": 0.9, "dampening": 0.1, "weight_decay": 0.1, "decoupled_weight_decay": True}),
+    "sgd-decoupled": (
+        FlashSGD,
+        {"momentum": 0.9, "dampening": 0.1, "weight_decay": 0.1, "decoupled_weight_decay": True},
+    ),
     "sgd-plain": (FlashSGD, {}),
     "sgd-paper": (FlashSGD, {"momentum": 0.9, "paper": True}),
 }

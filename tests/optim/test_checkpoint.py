@@ -12,9 +12,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from optim.cases import IDS, RULES, assert_same, run, weights
 from outpace.errors import CheckpointError
 from outpace.optim import FlashAdamW, FlashLion, FlashSGD, export_portable, flatten, load, save, unflatten
-from optim.cases import IDS, RULES, assert_same, run, weights
 
 SETTINGS = [
     {"master": "bf16+8"},
@@ -158,7 +158,9 @@ def test_what_does_not_fit_is_refused_and_nothing_changes():
         "amsgrad": broken(group__amsgrad=True),
         "storage settings are not known": broken(group__scales="fp8"),
         "has shape": broken(state__exp_avg=torch.zeros(3, 3)),
-        "cannot be decoded|has shape|size": broken(state__exp_avg_scale=torch.zeros(7, dtype=torch.float16), group__scales="fp16"),
+        "cannot be decoded|has shape|size": broken(
+            state__exp_avg_scale=torch.zeros(7, dtype=torch.float16), group__scales="fp16"
+        ),
         "saved by another optimizer": sgd.state_dict(),
         "lacks 'exp_avg_sq'": {
             "state": {k: {n: v for n, v in e.items() if "sq" not in n} for k, e in good["state"].items()},
@@ -225,7 +227,15 @@ def test_a_damaged_file_is_refused_in_words(tmp_path):
     path: Path = tmp_path / "optimizer.safetensors"
     save(optimizer, path)
     whole = path.read_bytes()
-    for damaged in (b"", b"abc", whole[:5], whole[:100], whole[:-1], b"\xff" * 8 + whole[8:], whole[:8] + b"x" * 50 + whole[58:]):
+    for damaged in (
+        b"",
+        b"abc",
+        whole[:5],
+        whole[:100],
+        whole[:-1],
+        b"\xff" * 8 + whole[8:],
+        whole[:8] + b"x" * 50 + whole[58:],
+    ):
         path.write_bytes(damaged)
         with pytest.raises(CheckpointError, match=r"optimizer\.safetensors"):
             load(optimizer, path)

@@ -91,7 +91,11 @@ def test_gaussian_groups_keep_their_direction():
 
 @pytest.mark.parametrize(
     "scales",
-    ["bf16", "fp32", pytest.param("fp16", marks=pytest.mark.xfail(reason="fp16 scales lose small groups, as published"))],
+    [
+        "bf16",
+        "fp32",
+        pytest.param("fp16", marks=pytest.mark.xfail(reason="fp16 scales lose small groups, as published")),
+    ],
 )
 def test_codes_do_not_depend_on_the_magnitude(scales):
     torch.manual_seed(0)

@@ -115,7 +115,9 @@ def test_two_passes_clip_by_the_exact_norm():
         for p in model.parameters():
             if p.grad is not None:  # in float32, as the release does; torch's clipping rounds back to bf16
                 scale = (0.5 / (norm + 1e-6)).clamp(max=1.0)
-                optimizer._step_parameter([q is p for _, q, _ in optimizer._places()].index(True), p, optimizer.param_groups[0], scale)
+                optimizer._step_parameter(
+                    [q is p for _, q, _ in optimizer._places()].index(True), p, optimizer.param_groups[0], scale
+                )
         optimizer.zero_grad()
         with handle.measure():
             backward(released_model, seed, 10.0)

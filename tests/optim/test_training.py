@@ -1,6 +1,7 @@
 """A small transformer trained for 500 steps: coded optimizers end where exact ones do, a naive one does not.
 
-The language is a random chain over 64 tokens, common and rare ones as in text. Weights are bf16-valued in the forward pass everywhere, so that only what the optimizer stores differs.
+The language is a random chain over 128 tokens, common and rare ones as in text. Weights are bf16-valued in the forward
+pass everywhere, so that only what the optimizer stores differs.
 """
 
 import functools
@@ -12,7 +13,8 @@ from torch import nn
 
 from outpace.optim import FlashAdamW, FlashLion, FlashSGD
 
-VOCABULARY, WIDTH, LENGTH, BATCH, STEPS = 64, 32, 32, 8, 500
+VOCABULARY, WIDTH, LENGTH, BATCH, STEPS = 128, 32, 32, 8, 500
+NOISE = 0.003  # nats; two exact runs whose learning rates differ by a thousandth end this far apart
 
 
 class Block(nn.Module):
@@ -30,15 +32,19 @@ class Block(nn.Module):
 
 
 class Model(nn.Module):
-    def __init__(self):
+    """transposed: the embedding is [width, tokens], so that groups of 32 mix rare and common tokens. Their gradients
+    differ by thousands, which is what breaks naive codes."""
+
+    def __init__(self, transposed):
         super().__init__()
-        self.embedding = nn.Embedding(VOCABULARY, WIDTH)
+        self.transposed = transposed
+        self.embedding = nn.Parameter(0.05 * torch.randn((WIDTH, VOCABULARY) if transposed else (VOCABULARY, WIDTH)))
         self.place = nn.Embedding(LENGTH, WIDTH)
         self.block = Block()
         self.head = nn.Linear(WIDTH, VOCABULARY, bias=False)
 
     def forward(self, tokens):
-        x = self.embedding(tokens) + self.place.weight[: tokens.shape[1]]
+        x = (self.embedding.T if self.transposed else self.embedding)[tokens] * 5 + self.place.weight[: tokens.shape[1]]
         return self.head(F.rms_norm(self.block(x), (WIDTH,)))
 
 
@@ -46,22 +52,25 @@ class Model(nn.Module):
 def language():
     """Training and validation text, [sequences, LENGTH + 1]."""
     generator = torch.Generator().manual_seed(0)
-    common = 1.0 / torch.arange(1, VOCABULARY + 1) ** 1.3  # as in text, a few tokens are common and most are rare
-    law = torch.stack([common[torch.randperm(VOCABULARY, generator=generator)] for _ in range(VOCABULARY)]) * common * 30
+    common = 1.0 / torch.arange(1, VOCABULARY + 1) ** 2.0  # as in text, a few tokens are common and most are rare
+    common = common[torch.randperm(VOCABULARY, generator=generator)]
+    law = (
+        torch.stack([common[torch.randperm(VOCABULARY, generator=generator)] for _ in range(VOCABULARY)]) * common * 30
+    )
     tokens = torch.multinomial(common, 2400, replacement=True, generator=generator)[:, None]
     for _ in range(LENGTH):
         tokens = torch.cat([tokens, torch.multinomial(law[tokens[:, -1]], 1, generator=generator)], 1)
     return tokens[:2144], tokens[2144:]
 
 
-def train(make, seed, scale=1.0):
+def train(make, seed, scale=1.0, transposed=True):
     """Validation loss, and the largest training loss after the start; gradients are multiplied by `scale`.
 
     make: parameters -> optimizer. A float32 copy holds the graph; the optimizer's own weights are copied into it before
     every step, rounded to bf16, so that exact float32 weights and split ones see the same forward pass.
     """
     torch.manual_seed(seed)
-    model = Model()
+    model = Model(transposed)
     masters = [nn.Parameter(p.detach().clone()) for p in model.parameters()]
     optimizer = make(masters)
     stored = optimizer.param_groups[0]["params"]
@@ -112,12 +121,16 @@ def test_adamw_ends_where_exact_adamw_does(seed, scale):
 
 
 def test_naive_8_bit_states_diverge_in_the_same_test():
-    worst = max(train(flash(FlashAdamW, states="linear8", variance_floor=False, **ADAM), seed)[0] for seed in (0, 1))
-    assert worst > exact_adamw(0) + 0.2
+    """Linear codes round small variances to zero beside large ones, and the next update divides by almost nothing."""
+    worse = [
+        train(flash(FlashAdamW, states="linear8", variance_floor=False, **ADAM), s)[0] - exact_adamw(s) for s in (0, 1)
+    ]
+    assert min(worse) > 10 * NOISE
+    assert max(worse) > 0.2
 
 
-def test_without_a_residual_or_scales_in_bf16_the_test_would_fail():
-    """Each fix is needed for what the test asks: the published fp16 scales lose small gradients."""
+def test_published_scales_fail_this_test_at_small_gradients():
+    """fp16 scales lose gradients of 1e-5 and less: the reason for bf16 ones."""
     loss, _ = train(flash(FlashAdamW, eps=1e-13, scales="fp16", **ADAM), 0, 1e-5)
     assert loss > exact_adamw(0) + NOISE
 
@@ -138,8 +151,10 @@ class ExactLion(torch.optim.Optimizer):
 
 @pytest.mark.parametrize("seed", [0, 1])
 def test_lion_ends_where_exact_lion_does(seed):
-    exact, _ = train(lambda masters: ExactLion(masters, 1e-3), seed)
-    loss, _ = train(flash(FlashLion, lr=1e-3), seed)
+    """With a row per token. In a group that mixes rare and common tokens, momenta below 1/500 of the largest are zero
+    and have no sign to follow: the transposed embedding ends 0.01 nats higher, as docs/optim.md says."""
+    exact, _ = train(lambda masters: ExactLion(masters, 1e-3), seed, transposed=False)
+    loss, _ = train(flash(FlashLion, lr=1e-3), seed, transposed=False)
     assert abs(loss - exact) < NOISE
 
 

@@ -27,16 +27,17 @@ def draw_key(seed: int, parameter: int, step: int) -> int:
     return key - (1 << 32) if key >> 31 else key
 
 
-def uniforms(slots: Tensor, key: int) -> Tensor:
-    """One draw in [0, 1) per slot, a multiple of 2^-16, as float32.
+def uniforms(first: int, count: int, key: int, device: torch.device | str = "cpu") -> Tensor:
+    """One draw in [0, 1) for each of `count` slots from `first` on, a multiple of 2^-16, as float32 [count].
 
-    slots: int64, any shape; the element's place in the parameter (group index * 32 + place in the group)
+    A slot is the place of an element in its whole parameter, rows padded to groups of 32.
     Sixteen bits are all that can matter: an fp32 weight lies on a grid of 2^-15 or 2^-16 of half a bf16 step, so
     rounding up happens with exactly the wanted probability. Two neighbours therefore share one 32-bit hash.
     Slots 2^33 apart in one parameter share their draw, which nothing compares.
     """
-    x = (slots >> 1).to(torch.int32) + key  # int32 arithmetic wraps, as the kernel's does
+    start, stop = first // 2, (first + count + 1) // 2
+    x = torch.arange(start, stop, device=device).to(torch.int32) + key  # int32 arithmetic wraps, as the kernel's does
     x = (x ^ ((x >> 16) & 0xFFFF)) * MIX1
     x = (x ^ ((x >> 15) & 0x1FFFF)) * MIX2
-    half = torch.where((slots & 1).bool(), x >> 16, x) & 0xFFFF
-    return half.to(torch.float32) * 2.0**-16
+    halves = torch.stack((x & 0xFFFF, (x >> 16) & 0xFFFF), dim=-1).view(-1)
+    return halves[first % 2 : first % 2 + count].to(torch.float32).mul_(2.0**-16)

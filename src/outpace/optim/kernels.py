@@ -13,6 +13,10 @@ It equals `reference_step` bit for bit. What that takes, operation by operation:
 It is never autotuned: a trial run would apply the update. This module imports Triton, and is imported on CUDA only.
 """
 
+# Triton's language is its own: arguments have no Python types, and constants are written in capitals.
+# ruff: noqa: ANN001, ANN202, N803, N806
+# mypy: disable-error-code="no-untyped-def, untyped-decorator, no-untyped-call"
+
 from __future__ import annotations
 
 from fractions import Fraction
@@ -60,7 +64,7 @@ _R32767: tl.constexpr = tl.constexpr(reciprocal(32767))
 
 @triton.jit
 def _ratio(a, b, EXACT: tl.constexpr, NEWTON: tl.constexpr = True):
-    """a / b, correctly rounded. NEWTON may be False where a and b have so few bits that no quotient is near a tie."""
+    """The ratio a / b, correctly rounded. NEWTON may be False where so few bits are in it that no quotient is near a tie."""
     if EXACT:
         return tl.div_rn(a, b)
     r = tl.inline_asm_elementwise("rcp.approx.ftz.f32 $0, $1;", "=f,f", [b], dtype=tl.float32, is_pure=True, pack=1)
@@ -96,9 +100,7 @@ def _floor(x, EXACT: tl.constexpr):
     """The largest integer not above x, |x| < 2^21, in the low bits of an int32 above the pattern of 1.5 * 2^23."""
     if EXACT:
         return (tl.floor(x) + _MAGIC).to(tl.int32, bitcast=True)
-    y = tl.inline_asm_elementwise(
-        "add.rm.f32 $0, $1, 0f4B400000;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
-    )
+    y = tl.inline_asm_elementwise("add.rm.f32 $0, $1, 0f4B400000;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
     return y.to(tl.int32, bitcast=True)
 
 
@@ -218,7 +220,9 @@ def _decode_root(code, s, SCALES: tl.constexpr, EXACT: tl.constexpr):
 
 
 @triton.jit
-def _encode_root(r, UNIT: tl.constexpr, smallest: tl.constexpr, FLOOR: tl.constexpr, SCALES: tl.constexpr, EXACT: tl.constexpr):
+def _encode_root(
+    r, UNIT: tl.constexpr, smallest: tl.constexpr, FLOOR: tl.constexpr, SCALES: tl.constexpr, EXACT: tl.constexpr
+):
     """Codes of r / UNIT, UNIT a power of two."""
     divisor, kept = _scale_of(tl.max(r, axis=1) / UNIT, smallest, SCALES)
     if SCALES == 2:
@@ -333,10 +337,7 @@ def _step_kernel(
         else:
             scale = _widen(tl.load(second_scale_ptr + gid, mask=gmask, other=0), SCALES)
             old_root = _decode_root(second, scale, SCALES, EXACT)
-            if CODED == 1:
-                v = old_root * old_root
-            else:
-                v = old_root
+            v = old_root * old_root if CODED == 1 else old_root
 
     # ordinary update
     new_m = m
@@ -356,10 +357,7 @@ def _step_kernel(
         d = g + theta * coupled
         if FIRST:
             new_m = m * beta1 + d * rest1
-            if NESTEROV:
-                d = d + new_m * beta1
-            else:
-                d = new_m
+            d = d + new_m * beta1 if NESTEROV else new_m
         new_theta = theta * decay - d * step
     fine = (tl.abs(g) < _LARGEST_GRADIENT) & (tl.abs(new_theta) <= LARGEST)
     tl.store(held_ptr + tl.zeros([G, _G], tl.int32), tl.full([G, _G], 1, tl.int8), mask=fine == 0)

@@ -64,8 +64,9 @@ def reference_step(
         if scale is not None:
             g = g * scale
         groups = slice(group, group + theta.shape[0])
-        slots = torch.arange(groups.start * GROUP, groups.stop * GROUP, device=theta.device).view(-1, GROUP)
-        draws = uniforms(slots + stored.first_slot, key) if storage.rounding == "stochastic" else None
+        draws = None
+        if storage.rounding == "stochastic":
+            draws = uniforms(stored.first_slot + group * GROUP, theta.numel(), key, theta.device).view(theta.shape)
         # decode
         narrow = theta
         code = part.read(stored.residual) if stored.residual is not None else None
