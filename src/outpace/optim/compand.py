@@ -25,11 +25,12 @@ def exact_sqrt(x: Tensor) -> Tensor:
     return x.double().sqrt().float()
 
 
-def encode_momentum(m: Tensor, states: States, scales: Scales) -> tuple[Tensor, Tensor]:
+def encode_momentum(m: Tensor, states: States, scales: Scales, draws: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Signed states to int8 codes and one scale per group.
 
-    m: [groups, 32] float32, finite. Returns codes [groups, 32] int8 in -127..127 and scales [groups].
-    The curve is 2y / (1 + |y|) of y = m / scale, computed as 2m / (scale + |m|): one division instead of two.
+    m: [groups, 32] float32, finite; draws: int32 [groups] in 0..65535, to round bf16 scales by, None for nearest
+    Returns codes [groups, 32] int8 in -127..127 and scales [groups].
+    The curve is 2y / (1 + |y|) of y = m / largest, computed as 2m / (largest + |m|): one division instead of two.
     Source: FlashOptim (arXiv 2602.23349), section 4; with scales="fp16" in its very order of operations.
     """
     largest = m.abs().amax(-1)
@@ -39,10 +40,10 @@ def encode_momentum(m: Tensor, states: States, scales: Scales) -> tuple[Tensor, 
         if states == "companded8":
             y = (y * 2.0) / (y.abs() + 1.0)
         return (y * 127.0 + 0.5).floor_().to(torch.int8), scale
-    divisor, scale = _scale(largest, SMALLEST_SCALE, scales)
-    below = divisor[:, None]
+    largest = largest.clamp_min(SMALLEST_SCALE)
+    below = largest[:, None]
     code = m / (below + m.abs()) * 254.0 if states == "companded8" else m / below * 127.0
-    return code.round_().to(torch.int8), scale
+    return code.round_().to(torch.int8), _stored_scale(largest, scales, draws)
 
 
 def decode_momentum(code: Tensor, scale: Tensor, states: States) -> Tensor:
@@ -56,10 +57,13 @@ def decode_momentum(code: Tensor, scale: Tensor, states: States) -> Tensor:
     return z * s
 
 
-def encode_variance(v: Tensor, states: States, scales: Scales, floor: bool) -> tuple[Tensor, Tensor]:
+def encode_variance(
+    v: Tensor, states: States, scales: Scales, floor: bool, draws: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Non-negative states to uint8 codes of their square root, and one scale per group.
 
-    v: [groups, 32] float32, finite. Returns codes [groups, 32] uint8 and scales [groups].
+    v: [groups, 32] float32, finite; draws: as for `encode_momentum`
+    Returns codes [groups, 32] uint8 and scales [groups].
     floor: a positive v gets at least code 1. At code 0 the next step divides by almost nothing: an element beside a
     noisy neighbour was measured to move 75 times too far; with the floor it moves at most as far as it should.
     """
@@ -69,9 +73,9 @@ def encode_variance(v: Tensor, states: States, scales: Scales, floor: bool) -> t
         divisor, scale = _published_scale(largest)
         code = (root / divisor[:, None] * 255.0 + 0.5).floor_()
     else:
-        smallest = SMALLEST_ROOT if states == "companded8" else SMALLEST_SCALE
-        divisor, scale = _scale(largest, smallest, scales)
-        per_unit = torch.full_like(divisor, 255.0) / divisor  # 255.0 / divisor would round twice
+        largest = largest.clamp_min(SMALLEST_ROOT if states == "companded8" else SMALLEST_SCALE)
+        scale = _stored_scale(largest, scales, draws)
+        per_unit = torch.full_like(largest, 255.0) / largest  # 255.0 / largest would round twice
         code = (root * per_unit[:, None]).round_()
     if floor:
         code = torch.where(root > 0, code.clamp_min(1.0), code)
@@ -97,11 +101,16 @@ def _published_scale(largest: Tensor) -> tuple[Tensor, Tensor]:
     return largest, largest.clamp(max=torch.finfo(torch.float16).max).half()
 
 
-def _scale(largest: Tensor, smallest: float, scales: Scales) -> tuple[Tensor, Tensor]:
-    """(what to divide by, what to store) for groups whose largest magnitude is given; the same number twice."""
-    largest = largest.clamp_min(smallest)
+def _stored_scale(largest: Tensor, scales: Scales, draws: Tensor | None) -> Tensor:
+    """The scale of groups whose largest magnitude is given.
+
+    Codes are taken relative to the exact largest magnitude and decoded by the stored scale. Rounded stochastically, it
+    is right on average: a state that shrinks by 0.05 % a step does shrink, though bf16 has only steps of 0.4 %. Rounded
+    up or to nearest it would stay for ever, as the variance of an idle group then did.
+    """
     if scales == "fp32":
-        return largest, largest
-    # Rounding up keeps every element at most 1, and dividing by the stored scale leaves no mismatch on the way back.
-    up = ((largest.view(torch.int32) + 0xFFFF) & -0x10000).clamp_max(0x7F7F0000).view(torch.float32)
-    return up, up.bfloat16()
+        return largest
+    if draws is None:
+        return largest.clamp_max(torch.finfo(torch.bfloat16).max).bfloat16()
+    rounded = ((largest.view(torch.int32) + draws) & -0x10000).clamp_max(0x7F7F0000)
+    return rounded.view(torch.float32).bfloat16()

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 _MASK64: Final = (1 << 64) - 1
+SCALES: Final = 0x2545F491  # sets the stream for scales apart from that for residuals
 MIX1: Final = 0x7FEB352D
 MIX2: Final = 0x846CA68B - (1 << 32)  # the same 32 bits as a signed integer
 
@@ -27,6 +28,18 @@ def draw_key(seed: int, parameter: int, step: int) -> int:
     return key - (1 << 32) if key >> 31 else key
 
 
+def scale_draws(first: int, count: int, key: int, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
+    """Two draws in 0..65535 for each of `count` groups from `first` on, for its two scales; int32 [count]."""
+    x = _mixed(torch.arange(first, first + count, device=device).to(torch.int32) + (key ^ SCALES))
+    return x & 0xFFFF, (x >> 16) & 0xFFFF
+
+
+def _mixed(x: Tensor) -> Tensor:
+    """A bijection of 32 bits without visible order; int32 arithmetic wraps, as the kernel's does."""
+    x = (x ^ ((x >> 16) & 0xFFFF)) * MIX1
+    return (x ^ ((x >> 15) & 0x1FFFF)) * MIX2
+
+
 def uniforms(first: int, count: int, key: int, device: torch.device | str = "cpu") -> Tensor:
     """One draw in [0, 1) for each of `count` slots from `first` on, a multiple of 2^-16, as float32 [count].
 
@@ -36,8 +49,6 @@ def uniforms(first: int, count: int, key: int, device: torch.device | str = "cpu
     Slots 2^33 apart in one parameter share their draw, which nothing compares.
     """
     start, stop = first // 2, (first + count + 1) // 2
-    x = torch.arange(start, stop, device=device).to(torch.int32) + key  # int32 arithmetic wraps, as the kernel's does
-    x = (x ^ ((x >> 16) & 0xFFFF)) * MIX1
-    x = (x ^ ((x >> 15) & 0x1FFFF)) * MIX2
+    x = _mixed(torch.arange(start, stop, device=device).to(torch.int32) + key)
     halves = torch.stack((x & 0xFFFF, (x >> 16) & 0xFFFF), dim=-1).view(-1)
     return halves[first % 2 : first % 2 + count].to(torch.float32).mul_(2.0**-16)

@@ -29,7 +29,7 @@ from torch import Tensor
 
 from outpace.errors import UnsupportedError
 from outpace.optim.compand import PUBLISHED_SMALLEST, SMALLEST_ROOT, SMALLEST_SCALE
-from outpace.optim.draws import MIX1, MIX2
+from outpace.optim.draws import MIX1, MIX2, SCALES
 from outpace.optim.reference import Stored, row_length
 from outpace.optim.rules import LARGEST_GRADIENT, SMALLEST_MOMENT, Numbers, Rule
 from outpace.optim.settings import GROUP, Storage
@@ -64,7 +64,7 @@ _R32767: tl.constexpr = tl.constexpr(reciprocal(32767))
 
 @triton.jit
 def _ratio(a, b, EXACT: tl.constexpr, NEWTON: tl.constexpr = True):
-    """The ratio a / b, correctly rounded. NEWTON may be False where so few bits are in it that no quotient is near a tie."""
+    """The ratio a / b, correctly rounded. NEWTON may be False where no quotient is near a tie."""
     if EXACT:
         return tl.div_rn(a, b)
     r = tl.inline_asm_elementwise("rcp.approx.ftz.f32 $0, $1;", "=f,f", [b], dtype=tl.float32, is_pure=True, pack=1)
@@ -160,7 +160,16 @@ def _draws(gid, key, G: tl.constexpr):
 
 
 @triton.jit
-def _scale_of(largest, smallest: tl.constexpr, SCALES: tl.constexpr):
+def _scale_draws(gid, key):
+    """See `draws.scale_draws`."""
+    x = (gid.to(tl.int32) + key).to(tl.uint32, bitcast=True)
+    x = (x ^ (x >> 16)) * _MIX1
+    x = (x ^ (x >> 15)) * _MIX2
+    return (x & 0xFFFF).to(tl.int32, bitcast=True), (x >> 16).to(tl.int32, bitcast=True)
+
+
+@triton.jit
+def _scale_of(largest, smallest: tl.constexpr, draw, SCALES: tl.constexpr, STOCHASTIC: tl.constexpr):
     """(what to divide by, what to store, as its pattern) of a group whose largest magnitude is given."""
     if SCALES == 2:
         largest = tl.maximum(largest, _PUBLISHED_SMALLEST)
@@ -168,9 +177,9 @@ def _scale_of(largest, smallest: tl.constexpr, SCALES: tl.constexpr):
     largest = tl.maximum(largest, smallest)
     if SCALES == 0:
         return largest, largest
-    bits = (largest.to(tl.int32, bitcast=True) + 0xFFFF) & -0x10000
-    bits = tl.minimum(bits, 0x7F7F0000)
-    return bits.to(tl.float32, bitcast=True), (bits >> 16).to(tl.int16)
+    bits = largest.to(tl.int32, bitcast=True)
+    bits = bits + draw if STOCHASTIC else bits + 0x7FFF + ((bits >> 16) & 1)
+    return largest, tl.minimum(bits >> 16, 0x7F7F).to(tl.int16)
 
 
 @triton.jit
@@ -195,8 +204,8 @@ def _decode_momentum(code, s, CODED: tl.constexpr, SCALES: tl.constexpr, EXACT: 
 
 
 @triton.jit
-def _encode_momentum(m, CODED: tl.constexpr, SCALES: tl.constexpr, EXACT: tl.constexpr):
-    divisor, kept = _scale_of(tl.max(tl.abs(m), axis=1), _SMALLEST_SCALE, SCALES)
+def _encode_momentum(m, draw, CODED: tl.constexpr, SCALES: tl.constexpr, STOCHASTIC: tl.constexpr, EXACT: tl.constexpr):
+    divisor, kept = _scale_of(tl.max(tl.abs(m), axis=1), _SMALLEST_SCALE, draw, SCALES, STOCHASTIC)
     s = _wide(divisor, m)
     if SCALES == 2:
         y = tl.div_rn(m, s)
@@ -221,10 +230,17 @@ def _decode_root(code, s, SCALES: tl.constexpr, EXACT: tl.constexpr):
 
 @triton.jit
 def _encode_root(
-    r, UNIT: tl.constexpr, smallest: tl.constexpr, FLOOR: tl.constexpr, SCALES: tl.constexpr, EXACT: tl.constexpr
+    r,
+    draw,
+    UNIT: tl.constexpr,
+    smallest: tl.constexpr,
+    FLOOR: tl.constexpr,
+    SCALES: tl.constexpr,
+    STOCHASTIC: tl.constexpr,
+    EXACT: tl.constexpr,
 ):
     """Codes of r / UNIT, UNIT a power of two."""
-    divisor, kept = _scale_of(tl.max(r, axis=1) / UNIT, smallest, SCALES)
+    divisor, kept = _scale_of(tl.max(r, axis=1) / UNIT, smallest, draw, SCALES, STOCHASTIC)
     if SCALES == 2:
         q = _floor(tl.div_rn(r, _wide(divisor * UNIT, r)) * 255.0 + 0.5, EXACT)
     else:
@@ -234,7 +250,7 @@ def _encode_root(
     return q, kept
 
 
-@triton.jit(do_not_specialize=["key"])
+@triton.jit(do_not_specialize=["key", "scale_key"])
 def _step_kernel(
     weight_ptr,
     residual_ptr,
@@ -249,6 +265,7 @@ def _step_kernel(
     groups_per_row,
     cols,
     key,
+    scale_key,
     decay,
     step,
     beta1,
@@ -410,12 +427,13 @@ def _step_kernel(
         tl.store(weight_ptr + start + off, tl.where(moved, new_stored, stored), mask=mask)
         tl.store(residual_ptr + start + off, tl.where(moved, low, code.to(tl.int32)).to(code.dtype), mask=mask)
 
+    first_draw, second_draw = _scale_draws(gid, scale_key)
     if FIRST:
         m = tl.where(fine, new_m, m)
         if CODED == 0:
             tl.store(first_ptr + start + off, m, mask=mask)
         else:
-            codes, kept = _encode_momentum(m, CODED, SCALES, EXACT)
+            codes, kept = _encode_momentum(m, first_draw, CODED, SCALES, STOCHASTIC, EXACT)
             tl.store(first_ptr + start + off, codes.to(tl.int8), mask=mask)
             tl.store(first_scale_ptr + gid, kept, mask=gmask)
     if RULE == 0:
@@ -425,11 +443,18 @@ def _step_kernel(
             if CODED == 1:
                 # The root of a square that was rounded is the number that was squared.
                 r = tl.where(fine, new_root, old_root * 16777216.0)
-                codes, kept = _encode_root(r, 16777216.0, _SMALLEST_ROOT, FLOOR, SCALES, EXACT)
+                codes, kept = _encode_root(r, second_draw, 16777216.0, _SMALLEST_ROOT, FLOOR, SCALES, STOCHASTIC, EXACT)
             else:
-                codes, kept = _encode_root(tl.where(fine, new_v, v), 1.0, _SMALLEST_SCALE, FLOOR, SCALES, EXACT)
+                codes, kept = _encode_root(
+                    tl.where(fine, new_v, v), second_draw, 1.0, _SMALLEST_SCALE, FLOOR, SCALES, STOCHASTIC, EXACT
+                )
             tl.store(second_ptr + start + off, codes.to(tl.uint8), mask=mask)
             tl.store(second_scale_ptr + gid, kept, mask=gmask)
+
+
+def _int32(number: int) -> int:
+    """The number as 32-bit arithmetic would leave it."""
+    return (number + (1 << 31)) % (1 << 32) - (1 << 31)
 
 
 def fused_step(
@@ -462,7 +487,8 @@ def fused_step(
     mantissa, smallest = FORMATS.get(weight.dtype, (7, 1 << 23))
     # A flat or one-row tensor may end inside a group: it takes the masked addressing.
     aligned = aligned and weight.numel() % GROUP == 0
-    shifted = (key + stored.first_slot // 2) & 0xFFFFFFFF
+    residual_key = _int32(key + stored.first_slot // 2)
+    scale_key = _int32((key ^ SCALES) + stored.first_slot // GROUP)
     options: dict[str, Any] = {"num_warps": WARPS, "enable_fp_fusion": False}
 
     def plain(tensor: Tensor | None) -> Tensor:
@@ -484,7 +510,8 @@ def fused_step(
             groups,
             per_row,
             row,
-            shifted - (1 << 32) if shifted >> 31 else shifted,
+            residual_key,
+            scale_key,
             *numbers,
             RULE=_RULES[rule.name],
             NESTEROV=rule.nesterov,

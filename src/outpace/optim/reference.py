@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from outpace.optim.compand import decode_momentum, decode_variance, encode_momentum, encode_variance
-from outpace.optim.draws import uniforms
+from outpace.optim.draws import scale_draws, uniforms
 from outpace.optim.rules import LARGEST_GRADIENT, Numbers, Rule
 from outpace.optim.settings import GROUP, Storage
 from outpace.optim.split import merge, merge_ordinal, split, split_ordinal
@@ -64,9 +64,12 @@ def reference_step(
         if scale is not None:
             g = g * scale
         groups = slice(group, group + theta.shape[0])
-        draws = None
+        draws = first_draws = second_draws = None
         if storage.rounding == "stochastic":
             draws = uniforms(stored.first_slot + group * GROUP, theta.numel(), key, theta.device).view(theta.shape)
+            first_draws, second_draws = scale_draws(
+                stored.first_slot // GROUP + group, theta.shape[0], key, theta.device
+            )
         # decode
         narrow = theta
         code = part.read(stored.residual) if stored.residual is not None else None
@@ -96,13 +99,14 @@ def reference_step(
         if m is not None and new.first is not None and stored.first is not None:
             m = new.first.where(fine, m)
             if stored.first_scale is not None:
-                m, stored.first_scale[groups] = encode_momentum(m, storage.states, storage.scales)
+                m, scale_now = encode_momentum(m, storage.states, storage.scales, first_draws)
+                stored.first_scale[groups] = scale_now
             part.write(stored.first, m)
         if v is not None and new.second is not None and stored.second is not None:
             v = new.second.where(fine, v)
             if stored.second_scale is not None:
-                v, scales = encode_variance(v, storage.states, storage.scales, storage.variance_floor)
-                stored.second_scale[groups] = scales
+                v, scale_now = encode_variance(v, storage.states, storage.scales, storage.variance_floor, second_draws)
+                stored.second_scale[groups] = scale_now
             part.write(stored.second, v)
 
 
