@@ -123,8 +123,8 @@ def test_adamw_ends_where_exact_adamw_does(seed, scale):
 
 def test_naive_8_bit_states_diverge_in_the_same_test():
     """Linear codes round small variances to zero beside large ones, and the next update divides by almost nothing."""
-    naive = flash(FlashAdamW, states="linear8", variance_floor=False, **ADAM)
-    runs = {seed: train(naive, seed) for seed in (1, 2)}
+    naive = flash(FlashAdamW, states="linear8", paper=True, **ADAM)
+    runs = {seed: train(naive, seed) for seed in (0, 2)}
     for seed, (loss, _) in runs.items():
         assert loss > exact_adamw(seed) + 0.2
     assert max(worst for _, worst in runs.values()) > math.log(VOCABULARY)  # worse than guessing
@@ -153,7 +153,7 @@ class ExactLion(torch.optim.Optimizer):
 @pytest.mark.parametrize("seed", [0, 1])
 def test_lion_ends_where_exact_lion_does(seed):
     """With a row per token. In a group that mixes rare and common tokens, momenta below 1/500 of the largest are zero
-    and have no sign to follow: the transposed embedding ends 0.01 nats higher, as docs/optim.md says."""
+    and have no sign to follow: the transposed embedding ends 0.002 nats higher, as docs/optim.md says."""
     exact, _ = train(lambda masters: ExactLion(masters, 1e-3), seed, transposed=False)
     loss, _ = train(flash(FlashLion, lr=1e-3), seed, transposed=False)
     assert abs(loss - exact) < NOISE
