@@ -137,16 +137,19 @@ def _widen(x, KIND: tl.constexpr):
 def _narrow(x, KIND: tl.constexpr, EXACT: tl.constexpr):
     """Float32 to fp16, or to the int16 pattern of bf16, rounded to nearest even; and that value as float32."""
     if KIND == 2:
-        half = x.to(tl.float16)
-        return half, half.to(tl.float32)
-    if EXACT:
+        stored = x.to(tl.float16)
+        value = stored.to(tl.float32)
+    elif EXACT:
         bits = x.to(tl.int32, bitcast=True)
         bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & -0x10000
-        return (bits >> 16).to(tl.int16), bits.to(tl.float32, bitcast=True)
-    half = tl.inline_asm_elementwise(
-        "cvt.rn.bf16x2.f32 $0, $2, $1;", "=r,f,f", [x], dtype=tl.int16, is_pure=True, pack=2
-    )
-    return half, (half.to(tl.int32) << 16).to(tl.float32, bitcast=True)
+        stored = (bits >> 16).to(tl.int16)
+        value = bits.to(tl.float32, bitcast=True)
+    else:
+        stored = tl.inline_asm_elementwise(
+            "cvt.rn.bf16x2.f32 $0, $2, $1;", "=r,f,f", [x], dtype=tl.int16, is_pure=True, pack=2
+        )
+        value = (stored.to(tl.int32) << 16).to(tl.float32, bitcast=True)
+    return stored, value
 
 
 @triton.jit
@@ -172,14 +175,20 @@ def _scale_draws(gid, key):
 def _scale_of(largest, smallest: tl.constexpr, draw, SCALES: tl.constexpr, STOCHASTIC: tl.constexpr):
     """(what to divide by, what to store, as its pattern) of a group whose largest magnitude is given."""
     if SCALES == 2:
-        largest = tl.maximum(largest, _PUBLISHED_SMALLEST)
-        return largest, tl.minimum(largest, 65504.0).to(tl.float16)
-    largest = tl.maximum(largest, smallest)
-    if SCALES == 0:
-        return largest, largest
-    bits = largest.to(tl.int32, bitcast=True)
-    bits = bits + draw if STOCHASTIC else bits + 0x7FFF + ((bits >> 16) & 1)
-    return largest, tl.minimum(bits >> 16, 0x7F7F).to(tl.int16)
+        divisor = tl.maximum(largest, _PUBLISHED_SMALLEST)
+        stored = tl.minimum(divisor, 65504.0).to(tl.float16)
+    elif SCALES == 0:
+        divisor = tl.maximum(largest, smallest)
+        stored = divisor
+    else:
+        divisor = tl.maximum(largest, smallest)
+        bits = divisor.to(tl.int32, bitcast=True)
+        if STOCHASTIC:
+            bits = bits + draw
+        else:
+            bits = bits + 0x7FFF + ((bits >> 16) & 1)
+        stored = tl.minimum(bits >> 16, 0x7F7F).to(tl.int16)
+    return divisor, stored
 
 
 @triton.jit
