@@ -1,6 +1,6 @@
 """Draw the README's picture from a real run: an answer coloured by round, and the race that produced it.
 
-    python benchmarks/picture.py        # writes docs/assets/compare.svg; under a minute on two cores
+python benchmarks/picture.py        # writes docs/assets/compare.svg; under a minute on two cores
 """
 
 from __future__ import annotations
@@ -43,7 +43,9 @@ def main() -> None:
         on.print(verdict(finding))
         OUT.parent.mkdir(parents=True, exist_ok=True)
         on.save_svg(str(OUT), title="SmolLM2-135M-Instruct, bfloat16, two CPU threads")
-    print(f"{OUT.relative_to(OUT.parent.parent.parent)}: {laps['suffix'].speed(laps['plain']):.2f}x, {verdict(finding)}")
+    print(
+        f"{OUT.relative_to(OUT.parent.parent.parent)}: {laps['suffix'].speed(laps['plain']):.2f}x, {verdict(finding)}"
+    )
 
 
 if __name__ == "__main__":

@@ -183,7 +183,7 @@ def _scale_of(largest, smallest: tl.constexpr, draw, SCALES: tl.constexpr, STOCH
     else:
         divisor = tl.maximum(largest, smallest)
         bits = divisor.to(tl.int32, bitcast=True)
-        if STOCHASTIC:
+        if STOCHASTIC:  # noqa: SIM108  # a constant condition is a branch to Triton, not a choice of values
             bits = bits + draw
         else:
             bits = bits + 0x7FFF + ((bits >> 16) & 1)
