@@ -7,10 +7,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import prompts
 import torch
 from rich.console import Console
 
+import prompts
 from outpace import Engine, Settings, Target
 from outpace.cli.compare import COLUMNS, race, row, warm_up
 from outpace.cli.render import legend, segments, show_rounds, table, verdict
