@@ -42,6 +42,12 @@ def test_a_draft_that_does_not_pay_stands_down_with_a_reason():
     assert "drafts emitted 1.00 tokens per round at 1.40 times the cost of a plain round" in pace.notes(one)[0]
 
 
+def test_an_expensive_drafter_is_judged_at_once_and_remembered():
+    pace, first, second = Pace(), request(), request()
+    assert play(pace, first, emitted=1, plain_ms=10, drafted_ms=40, rounds=60) <= 8
+    assert play(pace, second, emitted=1, plain_ms=10, drafted_ms=40, rounds=60) <= 4
+
+
 def test_pauses_grow_and_end():
     pace, one = Pace(), request()
     play(pace, one, emitted=1, plain_ms=10, drafted_ms=14, rounds=200)
@@ -59,12 +65,12 @@ def test_switched_off_it_never_interferes():
 def test_a_dead_drafter_is_an_alarm_with_likely_causes():
     pace = Pace()
 
-    def twenty_requests():
-        for _ in range(20):
+    def many_requests():
+        for _ in range(60):
             play(pace, request(), emitted=1, plain_ms=10, drafted_ms=14, rounds=20)
 
     with pytest.warns(UserWarning, match="trained for this very target"):
-        twenty_requests()
+        many_requests()
     one = request()
     assert pace.dead
     assert play(pace, one, emitted=1, plain_ms=10, drafted_ms=14, rounds=50) == 0

@@ -1,8 +1,9 @@
 """When not to speculate: measured cost against measured gain, per request.
 
-A round with a draft costs more than a plain one and emits more. The pace keeps both figures, asks the drafter to stand
-down where the draft does not pay, and tries again later, ever more rarely. It decides from times, so *when* it stands
-down differs from run to run; what is emitted does not.
+A round with a draft costs more than a plain one and emits more. The pace adds up, per request, what drafts have lost
+lately (cost in plain rounds, less tokens emitted; never below zero) and lets the drafter stand down when that exceeds a
+fixed allowance: an expensive drafter is judged after two rounds, a cheap one after twenty. It tries again later, ever
+more rarely. It decides from times, so *when* it stands down differs from run to run; what is emitted does not.
 """
 
 from __future__ import annotations
@@ -17,11 +18,10 @@ if TYPE_CHECKING:
     from outpace.drafters import RequestContext
     from outpace.engine.output import Round
 
-_TRIAL: Final = 6  # drafted rounds before a request is judged
+_ALLOWANCE: Final = 3.0  # plain rounds that drafts may lose before they stand down
 _FIRST_PAUSE: Final = 16  # rounds; doubles at each further stand-down
 _LONGEST_PAUSE: Final = 512
 _PLAIN_EVERY: Final = 64  # rounds between plain ones, when a drafter always drafts: the baseline must stay measured
-_MARGIN: Final = 1.03  # a draft must pay this much more than it costs
 _DEAD_AFTER: Final = 100  # drafted rounds of an engine
 
 
@@ -53,12 +53,13 @@ class Costs:
 class _Record:
     """What drafts have brought one request lately."""
 
-    __slots__ = ("emitted", "notes", "paid", "pause", "resume")
+    __slots__ = ("emitted", "loss", "notes", "paid", "pause", "resume")
 
-    def __init__(self) -> None:
+    def __init__(self, pause: int) -> None:
         self.emitted: deque[int] = deque(maxlen=16)
         self.paid: deque[float] = deque(maxlen=16)
-        self.pause = _FIRST_PAUSE
+        self.loss = 0.0
+        self.pause = pause
         self.resume = 0
         self.notes: list[str] = []
 
@@ -79,18 +80,20 @@ class Pace:
         self._since_plain = 0
         self._drafted_rounds = 0
         self._accepted = 0
+        self._stood_down = 0  # requests in a row whose drafts did not pay: the next one pauses longer at once
 
     def decide(self, requests: list[RequestContext]) -> None:
         """Set `speculate` of every request for the coming round."""
         self._rounds += 1
         calibrate = self.enabled and self._needs_plain(len(requests))
         for request in requests:
-            record = self._records.setdefault(request, _Record())
+            pause = _FIRST_PAUSE << min(self._stood_down, 4)
+            record = self._records.setdefault(request, _Record(pause))
             request.speculate = not (calibrate or self.dead or request.round_index < record.resume)
 
     def _needs_plain(self, batch: int) -> bool:
         costs = self._costs.get(batch)
-        if costs is None or self._since_plain < 2:
+        if costs is None:
             return False  # begin with what the user asked for
         return costs.plain_ms is None or self._since_plain >= _PLAIN_EVERY
 
@@ -111,24 +114,28 @@ class Pace:
 
     def _judge(self, request: RequestContext, one: Round, ratio: float | None) -> None:
         record = self._records[request]
+        if not self.enabled or ratio is None:
+            return
         record.emitted.append(len(one.tokens))
-        if ratio is not None:
-            record.paid.append(ratio)
-        if not self.enabled or len(record.emitted) < _TRIAL or not record.paid:
+        record.paid.append(ratio)
+        record.loss = max(0.0, record.loss + ratio - len(one.tokens))
+        if record.loss == 0:
+            record.pause = _FIRST_PAUSE
+            self._stood_down = 0
+        if record.loss < _ALLOWANCE:
             return
         gain = sum(record.emitted) / len(record.emitted)
         cost = sum(record.paid) / len(record.paid)
-        if gain >= cost * _MARGIN:
-            record.pause = _FIRST_PAUSE
-            return
         record.resume = request.round_index + 1 + record.pause
         record.notes.append(
             f"stood down at round {request.round_index} for {record.pause} rounds: drafts emitted {gain:.2f} tokens "
             f"per round at {cost:.2f} times the cost of a plain round"
         )
         record.pause = min(_LONGEST_PAUSE, 2 * record.pause)
+        record.loss = 0.0
         record.emitted.clear()
         record.paid.clear()
+        self._stood_down += 1
 
     def _look_for_life(self, drafter: str) -> None:
         if self._accepted * _DEAD_AFTER <= self._drafted_rounds:
