@@ -106,7 +106,8 @@ class Noise:
 
         request, position: int64, broadcastable shapes. Equal to `uniform(request, position)` entry by entry.
         """
-        position, request = position.long() + request.long() * 0, request.long() + position.long() * 0
+        pair = torch.broadcast_tensors(position.long(), request.long())  # type: ignore[no-untyped-call]
+        position, request = pair
         high = (request >> 32) & _MASK
         x0, x1, _, _ = philox((position & _MASK, request & _MASK, high, torch.zeros_like(high)), self._key)
         return ((x0 >> 5) * 67108864 + (x1 >> 6)).double() / 9007199254740992.0
@@ -121,7 +122,12 @@ class Noise:
             raise ConfigError(f"gumbel noise addresses at most {MAX_VOCABULARY} token ids, got {vocabulary}")
         ids = torch.arange(vocabulary, dtype=torch.int64, device=device)
         full = torch.full_like
-        counter = (full(ids, position), full(ids, request & _MASK), full(ids, request >> 32), ids | (4 << 28))
+        counter = (
+            full(ids, position),
+            full(ids, request & _MASK),
+            full(ids, request >> 32),
+            ids | (Stream.GUMBEL << 28),
+        )
         x0, x1, _, _ = philox(counter, self._key)
         u = ((x0 >> 5) * 67108864 + (x1 >> 6)).double()
         return -torch.log(-torch.log((u + 0.5) / 9007199254740992.0))

@@ -14,7 +14,7 @@ from outpace.laws.certificate.explore import Explorer, explore
 from outpace.laws.certificate.models import TableModel
 from outpace.laws.dice import Key
 from outpace.laws.noise import Stream
-from outpace.laws.rules import RULES, Rule
+from outpace.laws.rules import Rule, find_rule
 from outpace.laws.settings import Settings
 from outpace.laws.tree import DraftKind, Tree
 from outpace.laws.warp import Sampler
@@ -77,7 +77,6 @@ def propose(
     sampler = Sampler(case.settings, dice)
     tokens: list[int] = []
     parents: list[int] = []
-    rows: list[Tensor] = []
 
     def law_at(prefix: tuple[int, ...]) -> Tensor:
         return sampler.draft_law(drafter.logits(prefix), prefix)
@@ -172,7 +171,7 @@ def _prefixes(tree: Tree, text: tuple[int, ...]) -> list[tuple[int, ...]]:
 
 def expected_emitted(target: TableModel, drafter: TableModel, case: Case) -> float:
     """Exact mean of emitted tokens in one round."""
-    return emitted_law(target, drafter, RULES[case.rule], case, 1)[1]  # type: ignore[index]
+    return emitted_law(target, drafter, find_rule(case.rule), case, 1)[1]
 
 
 def _distance(rule: Rule, case: Case, seed: int) -> tuple[float, int]:
@@ -231,7 +230,7 @@ def certify(
     for case in cases:
         worst, outcomes = 0.0, 0
         for seed in range(models):
-            distance, count = _distance(RULES[case.rule], case, seed)  # type: ignore[index]
+            distance, count = _distance(find_rule(case.rule), case, seed)
             worst, outcomes = max(worst, distance), outcomes + count
         findings.append(Finding(case.name, worst, worst < TOLERANCE, outcomes))
         if report is not None:
