@@ -42,6 +42,10 @@ class UnsupportedError(OutpaceError):
     """Something that cannot work here, with the reason."""
 
 
+class OutOfMemoryError(OutpaceError, MemoryError):
+    """The device has no room for what was asked; says how much that was and what to lower."""
+
+
 class MissingExtraError(OutpaceError, ImportError):
     """An optional dependency is missing; the message carries the exact install line."""
 

@@ -72,10 +72,11 @@ def _key(name: str) -> str:
 
 
 class Gate:
-    """The rows of the pass in flight to which the adapter applies: a bool tensor [B, rows], or None for none."""
+    """The adapter that is attached, and the rows of the pass in flight to which it applies: [B, rows] bool, or None."""
 
     def __init__(self) -> None:
         self.rows: Tensor | None = None
+        self.adapter: GatedLoRA | None = None
 
 
 def attach(model: nn.Module, adapter: GatedLoRA, gate: Gate) -> list[Any]:

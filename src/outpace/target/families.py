@@ -27,6 +27,8 @@ class Family:
         layers: list of decoder layers, each (hidden, attention_mask, position_embeddings, ...) -> hidden.
         norm: final norm. rotary: module giving (cos, sin) for position ids. head: hidden -> logits.
         rotary_by_type: rotary takes the layer's type as a third argument (Gemma 3: local and global bases).
+        norms: names of a layer's norms: before attention, of its output, before the feed-forward part, of its output.
+        norm_adds_one: norms multiply by 1 + weight.
         window: "types" if `config.layer_types` says which layers slide, "all" if `config.sliding_window` slides every
             layer when set.
     """
@@ -39,6 +41,8 @@ class Family:
     rotary: str = "model.rotary_emb"
     head: str = "lm_head"
     rotary_by_type: bool = False
+    norms: tuple[str, str, str, str] = ("input_layernorm", "", "post_attention_layernorm", "")
+    norm_adds_one: bool = False
     window: str = "types"
 
 
@@ -47,8 +51,19 @@ FAMILIES: Final[tuple[Family, ...]] = (
     Family("mistral", ("mistral",), window="all"),
     Family("qwen2", ("qwen2",)),
     Family("qwen3", ("qwen3",)),
-    Family("gemma3", ("gemma3_text",), rotary_by_type=True),
-    Family("olmo2", ("olmo2",)),
+    Family(
+        "gemma3",
+        ("gemma3_text",),
+        rotary_by_type=True,
+        norms=(
+            "input_layernorm",
+            "post_attention_layernorm",
+            "pre_feedforward_layernorm",
+            "post_feedforward_layernorm",
+        ),
+        norm_adds_one=True,
+    ),
+    Family("olmo2", ("olmo2",), norms=("", "post_attention_layernorm", "", "post_feedforward_layernorm")),
     Family("phi3", ("phi3",), window="all"),
 )
 
