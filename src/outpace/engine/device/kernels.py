@@ -112,12 +112,15 @@ def _walk_kernel(TOKENS, PARENTS, CHOSEN, EMITTED, PATH, COUNTS, R, BLOCK: tl.co
 
 @triton.jit
 def _advance_kernel(EMITTED, COUNTS, TOKENS, POSITIONS, LENGTHS, R, WIDTH):
-    """Make the last emitted token the root of the next round: TOKENS [B, R] column 0, lengths and root positions."""
+    """Make the last emitted token the root of the next round: TOKENS [B, R] column 0, lengths and root positions.
+
+    Where there was no law (-1) the round under way runs on some token, and the host will refuse its outcome.
+    """
     request = tl.program_id(0)
     count = tl.load(COUNTS + request)
     length = tl.load(LENGTHS + request) + count
     tl.store(LENGTHS + request, length)
-    tl.store(TOKENS + request * R, tl.load(EMITTED + request * WIDTH + count))
+    tl.store(TOKENS + request * R, tl.maximum(tl.load(EMITTED + request * WIDTH + count), 0))
     tl.store(POSITIONS + request * R, length)
 
 

@@ -229,7 +229,7 @@ class DeviceRounds:
         if inputs.bits is not None:
             words = inputs.bits.shape[1]
             packed: list[int] = []
-            for row_parents in parents:
+            for row_parents in [*parents, *([[-2] * rows] * spare)]:
                 seen: list[int] = []
                 for at, parent in enumerate(row_parents):
                     seen.append((seen[parent] if parent >= 0 else 0) | (1 << at))

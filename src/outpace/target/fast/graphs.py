@@ -260,15 +260,15 @@ class FastPass:
         if inputs.bits is None:
             return
         device = inputs.bits.device
-        sees = torch.eye(total, dtype=torch.bool, device=device).repeat(batch, 1, 1)
+        sees = torch.eye(total, dtype=torch.bool, device=device).repeat(many, 1, 1)
         main = block.sees
         if main is None:
             main = torch.ones(rows, rows, dtype=torch.bool, device=device).tril().expand(batch, -1, -1)
-        sees[:, :rows, :rows] = main
+        sees[:batch, :rows, :rows] = main
         if scouts is not None:
-            sees[:, wide:, :rows] = scouts.sees[:, :, :rows]
-            sees[:, wide:, wide:] = scouts.sees[:, :, rows:]
-        inputs.bits[: batch * total] = pack_bits(sees).view(batch * total, -1)
+            sees[:batch, wide:, :rows] = scouts.sees[:, :, :rows]
+            sees[:batch, wide:, wide:] = scouts.sees[:, :, rows:]
+        inputs.bits.copy_(pack_bits(sees).view(many * total, -1))
 
 
 def pack_bits(sees: Tensor) -> Tensor:

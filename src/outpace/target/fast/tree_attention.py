@@ -165,7 +165,7 @@ def _combine_kernel(
         total = total * fade + tl.sum(weight * mass, 0)
         acc = acc * fade + tl.sum(tl.where((mass > 0)[:, None], part, 0.0) * weight[:, None], 0)
         largest = highest
-    tl.store(OUT + spot * SIZE + ds, (acc / total).to(OUT.dtype.element_ty), mask=ds < SIZE)
+    tl.store(OUT + spot * SIZE + ds, (acc / tl.where(total > 0, total, 1.0)).to(OUT.dtype.element_ty), mask=ds < SIZE)
 
 
 def splits_for(entries: int) -> int:
