@@ -160,7 +160,7 @@ class Recipe:
         row_length: tokens of a packed row. rows: rows of one batch on one device.
         epochs: passes over the corpus, unless steps or minutes are given.
         loss: what is compared with the target's law. depths: how many tokens ahead are trained.
-        decay: weight of depth k is decay^k.
+        decay: weight of depth k is decay^k. noise: amplitude of uniform noise on the features a drafter reads.
     """
 
     lr: float = 1e-3
@@ -177,6 +177,7 @@ class Recipe:
     loss: LossKind = "soft"
     depths: int = 5
     decay: float = 0.8
+    noise: float = 0.0
 
     def replace(self, **changes: Any) -> Recipe:
         """A copy with some fields changed.
