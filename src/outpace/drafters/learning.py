@@ -316,10 +316,14 @@ class LearnedDrafter(Drafter):
         module.load_state_dict(tensors)
         self.module = module.to(target.dtype).eval()
 
-    def for_decoding(self) -> Self:
+    def weights(self) -> dict[str, Tensor]:
+        """The module's tensors, whole (every process of a sharded run must ask at once)."""
+        return {name: _whole(value.detach()) for name, value in self.module.state_dict().items()}
+
+    def for_decoding(self, weights: Mapping[str, Tensor] | None = None) -> Self:
         """A copy of this drafter as it is now, in the target's dtype, with caches of its own."""
         copy = type(self)(**{name: getattr(self, name) for name in self.options()})
-        copy.restore({name: value.detach() for name, value in self.module.state_dict().items()}, self.target)
+        copy.restore(self.weights() if weights is None else weights, self.target)
         copy._take(self.target)
         return copy
 
@@ -358,18 +362,30 @@ class LearnedDrafter(Drafter):
         made.provenance = config.get("provenance", {})
         return made
 
-    def save_pretrained(self, folder: str | os.PathLike[str], *, dtype: torch.dtype = torch.bfloat16) -> None:
+    def save_pretrained(
+        self,
+        folder: str | os.PathLike[str],
+        *,
+        dtype: torch.dtype = torch.bfloat16,
+        weights: Mapping[str, Tensor] | None = None,
+    ) -> None:
         """Write weights (floating-point ones in `dtype`) and a config that says what they belong to.
 
         Raises:
             CheckpointError: if it cannot be written, or holds numbers that are not finite.
         """
-        state = self.module.state_dict()
+        state = self.weights() if weights is None else weights
         bad = [k for k, v in state.items() if v.is_floating_point() and not bool(torch.isfinite(v).all())]
         if bad:
             raise CheckpointError(f"not saved: tensors {bad} of drafter {self.name!r} hold numbers that are not finite")
         tensors = {name: value.to(dtype) if value.is_floating_point() else value for name, value in state.items()}
         save_checkpoint(folder, self.name, self.options(), tensors, self.target, provenance=self.provenance)
+
+
+def _whole(value: Tensor) -> Tensor:
+    """A sharded tensor gathered, a plain one as it is."""
+    gather = getattr(value, "full_tensor", None)
+    return value if gather is None else gather()
 
 
 def _plain(value: Any) -> Any:
