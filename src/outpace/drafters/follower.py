@@ -97,7 +97,7 @@ class FollowingDrafter(LearnedDrafter):
         self.needs = Needs(taps=frozenset(net.taps), noise=self.draw == "path")
         parameter = next(net.parameters())
         self.cache = RowCache.empty(
-            net.layers, net.shape.key_heads, net.shape.head_size, net.shape.hidden,
+            net.layers, net.shape.key_heads, net.shape.head_size, net.top_size,
             device=target.device, dtype=parameter.dtype,
         )  # fmt: skip
         self.seats = Seats(self.cache)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import heapq
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 import torch
 
@@ -21,6 +21,7 @@ from outpace.errors import ConfigError
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from outpace.drafters.heads import DraftHead
     from outpace.drafters.rowcache import RowCache
     from outpace.drafters.rows import Embed, RowNet
 
@@ -303,3 +304,23 @@ def best_paths(rates: Sequence[Sequence[float]], nodes: int) -> list[tuple[Ranks
         offer((*path[:-1], path[-1] + 1), above)
         offer((*path, 0), -value)
     return taken
+
+
+# From rates typical of heads on frozen targets (Medusa: heads 1 to 5 of a 7B model; EAGLE: above them): what a drafter
+# uses before it has been calibrated.
+_RATES = ((0.65, 0.14, 0.06, 0.03, 0.02),) * 5
+DEFAULT_PATHS: Final[tuple[Ranks, ...]] = tuple(path for path, _ in best_paths(_RATES, 63))
+
+
+def grow_ranked(
+    logits: Tensor, head: DraftHead, tree: FixedTree, draws: Draws | None = None
+) -> tuple[Tensor, Tensor]:
+    """(tokens, parents), [B, len(tree)]: every node of a depth takes its token from that depth's one list.
+
+    logits: [B, K, Vd], one row per depth ahead.
+    """
+    tokens = []
+    for depth, level in enumerate(tree.levels, start=1):
+        _, ids = children(logits[:, depth - 1 : depth], tree.ranks, draws, depth)
+        tokens.append(head.to_target(ids[:, 0, level.rank]))
+    return torch.cat(tokens, 1), tree.parents.expand(logits.shape[0], -1)

@@ -8,7 +8,7 @@ checked. Tokens outside are never proposed; the text does not depend on it.
 from __future__ import annotations
 
 from collections.abc import Collection
-from typing import TYPE_CHECKING, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
 from torch import nn
@@ -147,3 +147,14 @@ def choose_ids(counts: Tensor, size: int, forced: Collection[int] = ()) -> Tenso
     weight[list(forced)] = float("inf")
     order = torch.sort(weight, descending=True, stable=True).indices  # unused ids last, smallest first
     return order[:size].sort().values
+
+
+def special_ids(target: Target) -> tuple[int, ...]:
+    """Ids a draft vocabulary always holds: ends of text, and every token the tokenizer marks as special or added."""
+    tokenizer: Any = target.tokenizer
+    found = set(target.eos)
+    if tokenizer is not None:
+        found |= set(getattr(tokenizer, "all_special_ids", ()))
+        added = getattr(tokenizer, "get_added_vocab", None)
+        found |= set(added().values()) if added is not None else set()
+    return tuple(sorted(i for i in found if 0 <= i < target.vocabulary))

@@ -159,3 +159,13 @@ def initialise(module: nn.Module, *, std: float = 0.02) -> None:
             nn.init.normal_(one.weight, std=std)
             if one.bias is not None:
                 nn.init.zeros_(one.bias)
+
+
+@torch.no_grad()
+def copy_norm(target: Target, norm: RMSNorm) -> None:
+    """Start from the target's final norm, where it is one of this kind."""
+    if target.family is None:
+        return
+    found: Any = getattr(part(target.model, target.family.norm), "weight", None)
+    if found is not None and found.shape == norm.weight.shape and "gemma" not in target.family.name:
+        norm.weight.copy_(found)

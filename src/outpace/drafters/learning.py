@@ -14,7 +14,7 @@ import dataclasses
 import inspect
 import os
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
@@ -257,6 +257,10 @@ class LearnedDrafter(Drafter):
         """Before `build`, in training only: counts [V] int64 of answer tokens in the corpus (draft vocabularies)."""
         del counts, target
 
+    def calibrate(self, batches: Iterable[Batch]) -> None:
+        """After training: choose decoding options on greedy text of the target (fixed trees), taps as in training."""
+        del batches
+
     def initialise(self, target: Target, *, seed: int = 0) -> None:
         """Take initial weights for a target instead of loading any; for training."""
         with torch.random.fork_rng(devices=_cuda_devices(target)):
@@ -336,6 +340,12 @@ class LearnedDrafter(Drafter):
         """Constructor options by name, JSON data."""
         parameters = inspect.signature(type(self).__init__).parameters
         return {name: _plain(getattr(self, name)) for name in list(parameters)[1:]}
+
+    def take_options(self, other: Self) -> None:
+        """Decode as another drafter of this class does."""
+        for name in self.decoding:
+            setattr(self, name, getattr(other, name))
+        self.ready(self.target)
 
     @classmethod
     def from_pretrained(cls, folder: str | os.PathLike[str], *, force: bool = False, **changes: Any) -> Self:

@@ -95,14 +95,22 @@ class Teacher:
 
 
 def head_loss(
-    kind: LossKind, hidden: Tensor, head: DraftHead, label: Tensor, teacher: Teacher, *, chunk: int = CHUNK
+    kind: LossKind,
+    hidden: Tensor,
+    head: DraftHead,
+    label: Tensor,
+    teacher: Teacher,
+    *,
+    weight: Tensor | None = None,
+    chunk: int = CHUNK,
 ) -> tuple[Tensor, Tensor]:
     """(summed loss with gradient, hits [n] bool) of hidden states [n, H] through a head.
 
-    label: [n] target ids of the corpus's tokens. A hit is a row whose most likely token is the corpus's.
+    label: [n] target ids of the corpus's tokens. weight: [Vd, H] instead of the head's own, for heads that add to it.
+    A hit is a row whose most likely token is the corpus's.
     """
     label = head.to_draft(label)
-    weight = head.weight
+    weight = head.weight if weight is None else weight
     total, hits = _Chunked.apply(hidden, weight, kind, head, label, teacher, chunk)  # type: ignore[no-untyped-call]
     return total, hits
 

@@ -16,6 +16,12 @@ DRAFTERS: Final[dict[str, str]] = {
     "draft_model": "outpace.drafters.draft_model:DraftModel",
     "layer_skip": "outpace.drafters.layer_skip:LayerSkip",
     "lookahead": "outpace.drafters.lookahead:Lookahead",
+    "medusa": "outpace.drafters.medusa:Medusa",
+    "mtp": "outpace.drafters.mtp:MTP",
+    "mtp_heads": "outpace.drafters.mtp:MTPHeads",
+    "eagle": "outpace.drafters.eagle:Eagle",
+    "eagle2": "outpace.drafters.eagle:Eagle2",
+    "eagle3": "outpace.drafters.eagle:Eagle3",
 }
 
 ENTRY_POINTS: Final = "outpace.drafters"

@@ -46,6 +46,11 @@ class RowNet(nn.Module):
     rotary: Rotary
     regression: float = 0.0
 
+    @property
+    def top_size(self) -> int:
+        """Width of an output row."""
+        return self.shape.hidden
+
     @abstractmethod
     def fuse(self, features: Tensor) -> Tensor:
         """The target's taps side by side, [B, R, taps * H_target] -> the feature of step 0, [B, R, H]."""

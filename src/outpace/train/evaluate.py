@@ -20,7 +20,7 @@ from outpace.train.packing import Document, assemble
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from outpace.drafters.learning import LearnedDrafter
+    from outpace.drafters.learning import Batch, LearnedDrafter
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,23 +71,28 @@ def simulate(drafter: LearnedDrafter, outputs: Sequence[Output], *, depth: int) 
     Only the objective is asked: no cache, no tree, no engine.
     """
     rounds = tokens = 0
-    for output in outputs:
-        ids = [*output.prompt_tokens, *output.tokens]
-        document = Document(ids, len(output.prompt_tokens))
-        before = drafter.recipe
-        drafter.recipe = before.replace(depths=depth)
-        try:
-            batch = assemble([[document]], len(ids), drafter.target, shifts=drafter.shifts)
-            batch.taps = read_taps(batch, drafter.training_taps)
-            losses = drafter.objective(batch)
-        finally:
-            drafter.recipe = before
-        assert losses.hit_map is not None
-        run = losses.hit_map.long().cumprod(0).sum(0).tolist()  # tokens in a row right, by slot
-        at, end = len(output.prompt_tokens) - 2, len(ids) - 2
-        while at < end:
-            step = min((run[at] if at >= 0 else 0) + 1, end - at)
-            at += step
-            tokens += step
-            rounds += 1
+    before = drafter.recipe
+    drafter.recipe = before.replace(depths=depth)
+    try:
+        for output in outputs:
+            losses = drafter.objective(replay(drafter, output))
+            assert losses.hit_map is not None
+            run = losses.hit_map.long().cumprod(0).sum(0).tolist()  # tokens in a row right, by slot
+            at, end = len(output.prompt_tokens) - 2, len(output.prompt_tokens) + len(output.tokens) - 2
+            while at < end:
+                step = min((run[at] if at >= 0 else 0) + 1, end - at)
+                at += step
+                tokens += step
+                rounds += 1
+    finally:
+        drafter.recipe = before
     return tokens / rounds if rounds else 0.0
+
+
+def replay(drafter: LearnedDrafter, output: Output) -> Batch:
+    """An answer as a batch of one document, with the taps training reads."""
+    ids = [*output.prompt_tokens, *output.tokens]
+    document = Document(ids, len(output.prompt_tokens))
+    batch = assemble([[document]], len(ids), drafter.target, shifts=drafter.shifts)
+    batch.taps = read_taps(batch, drafter.training_taps)
+    return batch

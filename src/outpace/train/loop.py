@@ -21,7 +21,7 @@ import torch
 from torch import nn
 
 from outpace.errors import ConfigError
-from outpace.train.evaluate import decode
+from outpace.train.evaluate import decode, replay
 from outpace.train.features import Ring, read_taps
 from outpace.train.packing import Packing
 from outpace.train.provenance import describe_run
@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from outpace.drafters.learning import Batch, LearnedDrafter, Losses
+    from outpace.engine import Output
     from outpace.target import Target
     from outpace.train.corpus import Corpus
     from outpace.train.show import Reporter
@@ -195,6 +196,7 @@ class Trainer:
         self.curves: list[dict[str, Any]] = []
         self.progress = Progress(self._steps(), 60 * self.settings.minutes)
         self._elapsed = 0.0
+        self._said: list[Output] = []
 
     def _rows_per_step(self) -> int:
         recipe, world = self.recipe, self.ranks.world
@@ -278,6 +280,7 @@ class Trainer:
         finally:
             batches.close()
         self._evaluate()
+        self._calibrate()
         self._save(time.perf_counter() - started)
         return self.drafter.for_decoding()
 
@@ -382,11 +385,24 @@ class Trainer:
         weights = self.drafter.weights()  # gathered by all, decoded by the first
         if self.ranks.first:
             found = decode(self.drafter, prompts, max_new_tokens=self.settings.eval_tokens, weights=weights)
+            self._said = found.outputs
             point = {"step": self.step, **found.as_dict()}
             self.curves.append(point)
             if self.reporter is not None:
                 self.reporter.evaluation(point)
         self.ranks.wait()
+
+    def _calibrate(self) -> None:
+        """Let a copy of the drafter fit its decoding options to what the target said last; take them over."""
+        weights = self.drafter.weights()  # gathered by all
+        changed = False
+        if self._said and self.ranks.first:
+            copy = self.drafter.for_decoding(weights)
+            copy.calibrate([replay(copy, output) for output in self._said])
+            changed = copy.options() != self.drafter.options()
+            self.drafter.take_options(copy)
+        if self.ranks.agree(float(changed)):
+            self._evaluate()
 
     def _save_state(self) -> None:
         self._synchronise()

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from outpace.drafters.eagle.nets import EagleNet, FusedNet
 from outpace.drafters.follower import FollowingDrafter, GuessMode
-from outpace.drafters.growth import Ranks, best_paths
-from outpace.drafters.heads import HeadKind, choose_ids
+from outpace.drafters.growth import DEFAULT_PATHS, Ranks
+from outpace.drafters.heads import HeadKind, choose_ids, special_ids
 from outpace.drafters.learning import Recipe
 from outpace.errors import ConfigError, UnsupportedError
 
@@ -16,11 +16,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from outpace.target import Target
-
-# A tree for 25 nodes, from acceptance rates typical of this family (EAGLE, Table 5): rank 1, 2, 3, 4 of every depth.
-_RATES = ((0.72, 0.12, 0.05, 0.03),) * 5
-DEFAULT_PATHS: tuple[Ranks, ...] = tuple(path for path, _ in best_paths(_RATES, 25))
-
 
 class Eagle(FollowingDrafter):
     """EAGLE-1: continue the target's top feature; a fixed tree.
@@ -40,7 +35,7 @@ class Eagle(FollowingDrafter):
         draft_len: int = 5,
         branches: int = 4,
         nodes: int = 25,
-        paths: Sequence[Ranks] = DEFAULT_PATHS,
+        paths: Sequence[Ranks] = DEFAULT_PATHS[:25],
         draw: GuessMode = "path",
         coupling: float = 0.6,
         bias: bool = True,
@@ -154,14 +149,3 @@ def default_taps(layers: int) -> tuple[str, ...]:
     """The states entering layers 2, L // 2 and L - 3; of a model too small for that, three different ones."""
     chosen = (2, layers // 2, layers - 3) if layers >= 8 else (0, layers // 2, layers - 1)
     return tuple(f"in:{k}" for k in dict.fromkeys(chosen))
-
-
-def special_ids(target: Target) -> tuple[int, ...]:
-    """Ids a draft vocabulary always holds: ends of text, and every token the tokenizer marks as special or added."""
-    tokenizer: Any = target.tokenizer
-    found = set(target.eos)
-    if tokenizer is not None:
-        found |= set(getattr(tokenizer, "all_special_ids", ()))
-        added = getattr(tokenizer, "get_added_vocab", None)
-        found |= set(added().values()) if added is not None else set()
-    return tuple(sorted(i for i in found if 0 <= i < target.vocabulary))

@@ -6,15 +6,14 @@ Both follow the row rule (`drafters.rows`): embedding of the token first, featur
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
 from outpace.drafters.heads import DraftHead, HeadKind
-from outpace.drafters.layers import Attention, Block, MLP, RMSNorm, Rotary, Shape, initialise
+from outpace.drafters.layers import Attention, Block, MLP, RMSNorm, Rotary, Shape, copy_norm, initialise
 from outpace.drafters.rows import RowNet
-from outpace.target.families import part
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -129,7 +128,7 @@ class FusedNet(RowNet):
         self.rotary = Rotary(target, shape.head_size)
         self.head = DraftHead(target, vocabulary, head, ids)
         initialise(self)
-        _copy_norm(target, self.norm)
+        copy_norm(target, self.norm)
 
     def fuse(self, features: Tensor) -> Tensor:
         """[B, R, taps * H] -> [B, R, H]."""
@@ -156,13 +155,3 @@ class FusedNet(RowNet):
     def feedback(self, y: Tensor) -> Tensor:
         """Before the norm, or behind it (3.1)."""
         return self.norm(y) if self.norm_output else y
-
-
-@torch.no_grad()
-def _copy_norm(target: Target, norm: RMSNorm) -> None:
-    """Start from the target's final norm, where it is one of this kind."""
-    if target.family is None:
-        return
-    found: Any = getattr(part(target.model, target.family.norm), "weight", None)
-    if found is not None and found.shape == norm.weight.shape and "gemma" not in target.family.name:
-        norm.weight.copy_(found)
