@@ -115,7 +115,7 @@ class Clocked:
     def mark(self) -> None:
         """Now."""
         if self.device.type == "cuda":
-            event = torch.cuda.Event(enable_timing=True)
+            event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
             event.record()
             self.marks.append(event)
         else:
@@ -228,9 +228,7 @@ class Trainer:
         from outpace.optim import FlashAdamW
 
         # float32 weights stay as they are (the module casts where it computes); the moments take two bytes, not eight
-        return FlashAdamW(
-            parameters, lr=recipe.lr, betas=recipe.betas, weight_decay=recipe.weight_decay, master="fp32"
-        )
+        return FlashAdamW(parameters, lr=recipe.lr, betas=recipe.betas, weight_decay=recipe.weight_decay, master="fp32")
 
     # The run -------------------------------------------------------------------------------------------------------
 
