@@ -75,6 +75,13 @@ def small_target(name="llama", dtype=torch.float32):
     return Target(small)
 
 
+def learned(name, spec):
+    """A learned drafter with its initial weights: it guesses badly, and must not change a token."""
+    drafter = make_drafter(spec)
+    drafter.initialise(target(name), seed=3)
+    return drafter
+
+
 DRAFTERS = {
     "prompt_lookup": lambda name: make_drafter("prompt_lookup:min_ngram=1,draft_len=6"),
     "prompt_lookup tree": lambda name: make_drafter("prompt_lookup:min_ngram=1,branches=3,draft_len=5"),
@@ -84,8 +91,17 @@ DRAFTERS = {
     "draft_model own": lambda name: DraftModel(model=small_target(name), draft_len=4, draw="own"),
     "layer_skip": lambda name: make_drafter("layer_skip:draft_len=3"),
     "lookahead": lambda name: make_drafter("lookahead"),
+    "medusa": lambda name: learned(name, "medusa:heads=3,nodes=12,vocabulary=30"),
+    "mtp": lambda name: learned(name, "mtp:draft_len=3,branches=2,nodes=6,vocabulary=0"),
+    "mtp_heads": lambda name: learned(name, "mtp_heads:heads=2,nodes=6,vocabulary=30"),
+    "eagle": lambda name: learned(name, "eagle"),
+    "eagle2": lambda name: learned(name, "eagle2:draft_len=3,branches=3,nodes=8"),
+    "eagle3": lambda name: learned(name, "eagle3:draft_len=4,branches=3,nodes=10,vocabulary=30"),
+    "eagle3 chain": lambda name: learned(name, "eagle3:draft_len=4,branches=1,nodes=4,layers=2,vocabulary=0"),
     "merged": lambda name: make_drafter("prompt_lookup+suffix+lookahead"),
 }
+
+INSIDE = ("layer_skip", "mtp_heads", "eagle3")  # look between layers, so need a family of the table
 
 PROMPTS = [
     [5, 6, 7, 8, 9, 5, 6, 7],

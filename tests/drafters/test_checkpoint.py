@@ -72,11 +72,12 @@ def test_a_drafter_for_another_tokenizer_is_refused(tmp_path):
         load_checkpoint(tmp_path, "x", Target(model, Words(["b", "a"])))
 
 
-def test_another_template_or_other_weights_are_warned_about(tmp_path):
+def test_another_template_is_refused_unless_forced_and_other_weights_are_warned_about(tmp_path):
     model = make_model()
     save_checkpoint(tmp_path, "x", {}, TENSORS, Target(model, Words(["a"], "one")))
-    with pytest.warns(UserWarning, match="another chat template"):
+    with pytest.raises(CheckpointError, match=r"writes conversations differently.*force=true"):
         load_checkpoint(tmp_path, "x", Target(model, Words(["a"], "two")))
+    load_checkpoint(tmp_path, "x", Target(model, Words(["a"], "two")), force=True)
     other = Target(make_model(sharpness=9.0), Words(["a"], "one"))
     with pytest.warns(UserWarning, match="other weights"):
         load_checkpoint(tmp_path, "x", other)
@@ -93,6 +94,18 @@ def test_unreadable_checkpoints_are_refused_in_words(tmp_path, damage):
         (tmp_path / "model.safetensors").write_bytes(b"x" * 20)
     with pytest.raises(CheckpointError, match="no readable drafter"):
         load_checkpoint(tmp_path, "x", target())
+
+
+def test_a_template_is_what_it_writes_not_how_it_is_spelt(tmp_path):
+    class Chat(Words):
+        def apply_chat_template(self, messages, **options):
+            return "|".join(message["content"] for message in messages) + self.chat_template.strip()
+
+    model = make_model()
+    save_checkpoint(tmp_path, "x", {}, TENSORS, Target(model, Chat(["a"], "end")))
+    load_checkpoint(tmp_path, "x", Target(model, Chat(["a"], " end\n")))
+    with pytest.raises(CheckpointError, match="conversations differently"):
+        load_checkpoint(tmp_path, "x", Target(model, Chat(["a"], "over")))
 
 
 def test_another_drafters_checkpoint_is_refused(tmp_path):

@@ -1,0 +1,410 @@
+"""The contract of a drafter that learns: batches come in, losses per depth go out, weights are kept in one module.
+
+    options     what the constructor was called with; written into a checkpoint, read back by `from_pretrained`
+    build       the module for a target, with initial weights
+    objective   batch -> losses; it may read taps, or run the target itself with rows of its own
+    recipe      how training is done unless the user says otherwise
+
+Knows no loop, no corpus and no file layout: `outpace.train` feeds batches, `drafters.checkpoint` writes files.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import os
+from abc import abstractmethod
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
+
+import torch
+from torch import nn
+
+from outpace.drafters.base import Drafter
+from outpace.drafters.checkpoint import find_shipped, load_checkpoint, read_config, save_checkpoint
+from outpace.errors import CheckpointError, ConfigError, suggestion
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from outpace.target import Target
+
+LossKind = Literal["soft", "hard", "kl", "reverse_kl", "total_variation", "overlap", "hybrid"]
+Schedule = Literal["cosine", "linear", "constant"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Origin:
+    """How the answers of a corpus were sampled; temperatures and noise keys are per token, in the batch.
+
+    Attributes:
+        seed: of the noise every answer was drawn with.
+        top_k, top_p, min_p: truncation, None for none.
+    """
+
+    seed: int = 0
+    top_k: int | None = None
+    top_p: float | None = None
+    min_p: float | None = None
+
+
+@dataclass(eq=False, kw_only=True)
+class Batch:
+    """Packed rows of dialogues the target wrote.
+
+    Documents stand one after the other in a row; none crosses a row's end. Everything is on the target's device.
+
+    Attributes:
+        tokens: [B, T] int64.
+        documents: [B, T] int64: 1, 2, ... within a row; 0 is padding.
+        positions: [B, T] int64, from 0 in every document: a token's absolute position in its request.
+        answer: [B, T] bool: the token was written by the target as assistant, end of turn included.
+        temperature: [B, T] float32: temperature its document was sampled at (0: greedy).
+        request: [B, T] int64: its document's request in the noise key, so that the number behind an answer token is
+            `Noise(origin.seed).grid(request, positions)`.
+        target: the frozen target: embedding, head, and passes for objectives that run it.
+        taps: [B, T, H] each, in the target's dtype, without gradient: what `training_taps` asked for.
+        origin: how the corpus was sampled.
+        bounds: [D + 1] int32: where documents start in the flattened batch, padding counted as such; ends in B * T.
+        longest: length of the longest of them.
+        answers: answer tokens of the whole optimiser step, over accumulated batches and ranks, per rank: sums divided
+            by it and averaged over ranks give the step's mean whatever the packing.
+        slots: for a shift s, flat indices [n] of the slots whose token s further on is an answer token of the same
+            document; see `slots_before`.
+    """
+
+    tokens: Tensor
+    documents: Tensor
+    positions: Tensor
+    answer: Tensor
+    temperature: Tensor
+    request: Tensor
+    target: Target
+    taps: Mapping[str, Tensor] = field(default_factory=dict)
+    origin: Origin = Origin()
+    bounds: Tensor
+    longest: int
+    answers: float
+    slots: dict[int, Tensor] = field(default_factory=dict)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(B, T)."""
+        return self.tokens.shape[0], self.tokens.shape[1]
+
+    def slots_before(self, shift: int) -> Tensor:
+        """[n] int64 flat indices of slots whose label, `shift` tokens further on, counts; label = slot + shift.
+
+        The label is an answer token, and slot, label and all between lie in one document. Prepared by the packer for
+        the shifts a drafter names (`LearnedDrafter.shifts`); any other costs a wait for the device.
+        """
+        if shift not in self.slots:
+            counts = self.answer & (self.positions >= shift)
+            self.slots[shift] = torch.nonzero(counts.flatten())[:, 0] - shift
+        return self.slots[shift]
+
+
+@dataclass(eq=False, kw_only=True)
+class Losses:
+    """What an objective found, per depth k = 0 .. K - 1.
+
+    Attributes:
+        total: scalar with gradient: the weighted sum of depths over `Batch.answers`.
+        sums: [K] summed loss of the counted slots. counts: [K] how many those are.
+        hits: [K] in how many of them the drafter's most likely token is the corpus's. All three without gradient.
+        hit_map: [K, B * T] bool: the same per slot (False where nothing counts), to simulate decoding.
+        extra: further figures by name, scalars without gradient, to be shown beside the loss.
+    """
+
+    total: Tensor
+    sums: Tensor
+    counts: Tensor
+    hits: Tensor
+    hit_map: Tensor | None = None
+    extra: dict[str, Tensor] = field(default_factory=dict)
+
+    @classmethod
+    def of(
+        cls,
+        batch: Batch,
+        sums: Sequence[Tensor],
+        slots: Sequence[Tensor],
+        hits: Sequence[Tensor],
+        weights: Sequence[float],
+    ) -> Self:
+        """From per-depth loss sums (scalars with gradient), counted slots [n_k] and their hits [n_k] bool."""
+        total = torch.stack([w * s.float() for w, s in zip(weights, sums, strict=True)]).sum() / batch.answers
+        hit_map = torch.zeros(len(sums), batch.tokens.numel(), dtype=torch.bool, device=batch.tokens.device)
+        for depth, (where, hit) in enumerate(zip(slots, hits, strict=True)):
+            hit_map[depth, where] = hit
+        return cls(
+            total=total,
+            sums=torch.stack([s.detach().float() for s in sums]),
+            counts=torch.tensor([float(s.shape[0]) for s in slots], device=total.device),
+            hits=torch.stack([h.sum().float() for h in hits]),
+            hit_map=hit_map,
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Recipe:
+    """Defaults of training; every field is a flag of `outpace train`.
+
+    Attributes:
+        lr: peak learning rate. warmup: share of the run it rises over. schedule: what it does afterwards.
+        final_lr: share of the peak it ends at.
+        betas, weight_decay, clip: AdamW's, and the bound on the gradient's norm (0: none).
+        tokens_per_step: tokens of an optimiser step, over accumulated batches and ranks.
+        row_length: tokens of a packed row. rows: rows of one batch on one device.
+        epochs: passes over the corpus, unless steps or minutes are given.
+        loss: what is compared with the target's law. depths: how many tokens ahead are trained.
+        decay: weight of depth k is decay^k. noise: amplitude of uniform noise on the features a drafter reads.
+    """
+
+    lr: float = 1e-3
+    warmup: float = 0.03
+    schedule: Schedule = "cosine"
+    final_lr: float = 0.02
+    betas: tuple[float, float] = (0.9, 0.95)
+    weight_decay: float = 0.0
+    clip: float = 0.5
+    tokens_per_step: int = 32_768
+    row_length: int = 2048
+    rows: int = 8
+    epochs: float = 1.0
+    loss: LossKind = "soft"
+    depths: int = 5
+    decay: float = 0.8
+    noise: float = 0.0
+
+    def replace(self, **changes: Any) -> Recipe:
+        """A copy with some fields changed.
+
+        Raises:
+            ConfigError: on an unknown field, with the closest known one.
+        """
+        known = [f.name for f in dataclasses.fields(self)]
+        for name in changes:
+            if name not in known:
+                raise ConfigError(f"unknown recipe field {name!r}; {suggestion(name, known)}")
+        return dataclasses.replace(self, **changes)
+
+    @property
+    def weights(self) -> list[float]:
+        """Weight of each depth."""
+        return [self.decay**k for k in range(self.depths)]
+
+
+class LearnedDrafter(Drafter):
+    """A drafter with weights of its own.
+
+    A subclass takes keyword-only options and keeps each in an attribute of the same name. Those named in `decoding`
+    may change between training and use (draft length, tree); the others shape the weights and are part of a
+    checkpoint.
+
+    Attributes:
+        module: the weights, once `fit` or `initialise` has run. All its parameters that require gradients are
+            trained; its state dict is what a checkpoint holds (frozen tensors of the target must not be in it).
+        target: what it was fitted to.
+        recipe: defaults of training; replace it to train otherwise.
+        provenance: what made the weights (command, commit, corpus, curves), JSON data, kept in the checkpoint.
+    """
+
+    decoding: ClassVar[frozenset[str]] = frozenset()
+    default_recipe: ClassVar[Recipe] = Recipe()
+    module: nn.Module
+    target: Target
+
+    def __init__(self) -> None:
+        self.recipe: Recipe = self.default_recipe
+        self.provenance: dict[str, Any] = {}
+        self._source: Path | None = None
+        self._force = False
+        self._fitted: Target | None = None
+
+    @abstractmethod
+    def build(self, target: Target) -> nn.Module:
+        """The module for a target, on its device, float32, with initial weights (torch's generator).
+
+        Raises:
+            CheckpointError: if this drafter cannot serve that target.
+        """
+
+    @abstractmethod
+    def objective(self, batch: Batch) -> Losses:
+        """Losses of a batch under `self.recipe`, by `self.module`. Must not wait for the device.
+
+        Called with gradients on (evaluation turns them off), under autocast where the loop wants it.
+        """
+
+    @property
+    def training_taps(self) -> frozenset[str]:
+        """Taps the objective reads in `Batch.taps`; empty if it runs the target itself, or needs none."""
+        return self.needs.taps
+
+    @property
+    def shifts(self) -> tuple[int, ...]:
+        """Distances from slot to label the objective will ask `Batch.slots_before` for."""
+        return tuple(range(1, self.recipe.depths + 2))
+
+    def ready(self, target: Target) -> None:
+        """The module has its weights: make what decoding needs (caches, tables). Called at the end of `fit`."""
+        del target
+
+    def prepare(self, counts: Tensor, target: Target) -> None:
+        """Before `build`, in training only: counts [V] int64 of answer tokens in the corpus (draft vocabularies)."""
+        del counts, target
+
+    def calibrate(self, batches: Iterable[Batch]) -> None:
+        """After training: choose decoding options on greedy text of the target (fixed trees), taps as in training."""
+        del batches
+
+    def initialise(self, target: Target, *, seed: int = 0) -> None:
+        """Take initial weights for a target instead of loading any; for training."""
+        with torch.random.fork_rng(devices=_cuda_devices(target)):
+            torch.manual_seed(seed)
+            self.module = self.build(target)
+        self._take(target)
+
+    def fit(self, target: Target) -> None:
+        """Load the weights this drafter was made from, or those shipped for that target.
+
+        Raises:
+            CheckpointError: if there are none, or they do not fit.
+        """
+        if self._fitted is target:
+            return
+        if self._fitted is not None:
+            raise CheckpointError(
+                f"drafter {self.name!r} holds weights for {self._fitted.name}; make another one for {target.name}"
+            )
+        source = self._source or find_shipped(self.name, target)
+        if source is None:
+            raise CheckpointError(
+                f"drafter {self.name!r} has to be trained for {target.name}, and no weights for it are shipped. Train "
+                f"it (outpace corpus, then outpace train --drafter {self.name}) and pass its folder as the drafter"
+            )
+        if self._source is None:
+            trained = {k: v for k, v in read_config(source)["options"].items() if k not in self.decoding}
+            for name, value in trained.items():
+                setattr(self, name, _like(getattr(self, name), value))
+        options, tensors = load_checkpoint(source, self.name, target, force=self._force)
+        del options
+        self.restore(tensors, target)
+        self._take(target)
+
+    def restore(self, tensors: Mapping[str, Tensor], target: Target) -> None:
+        """Build the module and load a checkpoint's tensors into it.
+
+        Raises:
+            CheckpointError: on missing, unknown or misshapen tensors, or numbers that are not finite.
+        """
+        module = self.build(target)
+        wanted = module.state_dict()
+        missing, unknown = wanted.keys() - tensors.keys(), tensors.keys() - wanted.keys()
+        if missing or unknown:
+            raise CheckpointError(
+                f"weights of drafter {self.name!r} do not match its options: missing {sorted(missing) or 'none'}, "
+                f"unknown {sorted(unknown) or 'none'}"
+            )
+        for name, value in tensors.items():
+            if value.shape != wanted[name].shape:
+                raise CheckpointError(
+                    f"tensor {name!r} of drafter {self.name!r} has shape {tuple(value.shape)}, its options ask for "
+                    f"{tuple(wanted[name].shape)}"
+                )
+            if value.is_floating_point() and not bool(torch.isfinite(value).all()):
+                raise CheckpointError(f"tensor {name!r} of drafter {self.name!r} holds numbers that are not finite")
+        module.load_state_dict(tensors)
+        self.module = module.to(target.dtype).eval()
+
+    def weights(self) -> dict[str, Tensor]:
+        """The module's tensors, whole (every process of a sharded run must ask at once)."""
+        return {name: _whole(value.detach()) for name, value in self.module.state_dict().items()}
+
+    def for_decoding(self, weights: Mapping[str, Tensor] | None = None) -> Self:
+        """A copy of this drafter as it is now, in the target's dtype, with caches of its own."""
+        copy = type(self)(**{name: getattr(self, name) for name in self.options()})
+        copy.restore(self.weights() if weights is None else weights, self.target)
+        copy._take(self.target)
+        return copy
+
+    def _take(self, target: Target) -> None:
+        self.target = target
+        self._fitted = target
+        self.ready(target)
+
+    def options(self) -> dict[str, Any]:
+        """Constructor options by name, JSON data."""
+        parameters = inspect.signature(type(self).__init__).parameters
+        return {name: _plain(getattr(self, name)) for name in list(parameters)[1:]}
+
+    def take_options(self, other: Self) -> None:
+        """Decode as another drafter of this class does."""
+        for name in self.decoding:
+            setattr(self, name, getattr(other, name))
+        self.ready(self.target)
+
+    @classmethod
+    def from_pretrained(cls, folder: str | os.PathLike[str], *, force: bool = False, **changes: Any) -> Self:
+        """A drafter saved by `save_pretrained`; its weights are read when an engine fits it to a target.
+
+        Args:
+            folder: the checkpoint.
+            force: load even where tokenizer or chat template differ.
+            **changes: decoding options to change.
+
+        Raises:
+            CheckpointError: if there is none. ConfigError: on an option that shapes the weights, or an unknown one.
+        """
+        config = read_config(folder)
+        if config["drafter"] != cls.name:
+            raise CheckpointError(f"{os.fspath(folder)!r} holds drafter {config['drafter']!r}, not {cls.name!r}")
+        for name in changes:
+            if name not in cls.decoding:
+                known = suggestion(name, cls.decoding)
+                raise ConfigError(f"option {name!r} of a trained {cls.name!r} cannot be changed; {known}")
+        made = cls(**{**config["options"], **changes})
+        made._source = Path(folder)
+        made._force = force
+        made.provenance = config.get("provenance", {})
+        return made
+
+    def save_pretrained(
+        self,
+        folder: str | os.PathLike[str],
+        *,
+        dtype: torch.dtype = torch.bfloat16,
+        weights: Mapping[str, Tensor] | None = None,
+    ) -> None:
+        """Write weights (floating-point ones in `dtype`) and a config that says what they belong to.
+
+        Raises:
+            CheckpointError: if it cannot be written, or holds numbers that are not finite.
+        """
+        state = self.weights() if weights is None else weights
+        bad = [k for k, v in state.items() if v.is_floating_point() and not bool(torch.isfinite(v).all())]
+        if bad:
+            raise CheckpointError(f"not saved: tensors {bad} of drafter {self.name!r} hold numbers that are not finite")
+        tensors = {name: value.to(dtype) if value.is_floating_point() else value for name, value in state.items()}
+        save_checkpoint(folder, self.name, self.options(), tensors, self.target, provenance=self.provenance)
+
+
+def _whole(value: Tensor) -> Tensor:
+    """A sharded tensor gathered, a plain one as it is."""
+    gather = getattr(value, "full_tensor", None)
+    return value if gather is None else gather()
+
+
+def _plain(value: Any) -> Any:
+    return [_plain(v) for v in value] if isinstance(value, tuple | list) else value
+
+
+def _like(old: Any, value: Any) -> Any:
+    return tuple(value) if isinstance(old, tuple) else value
+
+
+def _cuda_devices(target: Target) -> list[int]:
+    return [target.device.index or 0] if target.device.type == "cuda" else []
