@@ -55,7 +55,7 @@ def test_intervals_too_short_for_a_number_are_said_to_be():
 
 
 def test_numbers_of_a_text_drawn_from_the_laws_are_uniform_and_independent():
-    """Kolmogorov-Smirnov at 20 000 numbers: the bound is exceeded by chance once in 10^6 runs (and the seed is fixed)."""
+    """Kolmogorov-Smirnov at 20 000 numbers: by chance, the bound is exceeded once in 10^6 seeds (this one is fixed)."""
     count = 20_000
     generator = torch.Generator().manual_seed(5)
     p = laws(count, seed=6)

@@ -181,7 +181,7 @@ class Target:
 
     @contextmanager
     def adapted(self, adapter: GatedLoRA) -> Iterator[None]:
-        """Attach a row-gated adapter for the duration of the block; only gated rows of a pass feel it.
+        """Attach a row-gated adapter for the duration of the block; only scouts that name it feel it.
 
         Raises:
             CheckpointError: if the adapter does not fit the model.
@@ -302,30 +302,24 @@ class Target:
                 angles[kind] = rotary(hidden, positions)
             else:
                 angles[kind] = next(iter(angles.values()))
-        if joined and block.scouts is not None and block.scouts.gated:
-            gate = torch.zeros(hidden.shape[:2], dtype=torch.bool, device=hidden.device)
-            gate[:, block.rows :] = True
-            self._gate.rows = gate
-        try:
-            with attention.use_grouped_attention(self.config):
-                for layer in ids:
-                    if layer not in self.layer_ids:
-                        continue
-                    if f"in:{layer}" in wanted:
-                        passing.taps[f"in:{layer}"] = hidden
-                    kind = self.layer_types[layer]
-                    hidden = layers[layer](
-                        hidden,
-                        attention_mask=masks[kind],
-                        position_embeddings=angles[kind],
-                        position_ids=positions,
-                        past_key_values=cache,
-                        use_cache=True,
-                    )
-                    if f"out:{layer}" in wanted:
-                        passing.taps[f"out:{layer}"] = hidden
-        finally:
-            self._gate.rows = None
+        adapter = block.scouts.adapter if joined and block.scouts is not None else None
+        with self._gate.open(adapter, block.rows), attention.use_grouped_attention(self.config):
+            for layer in ids:
+                if layer not in self.layer_ids:
+                    continue
+                if f"in:{layer}" in wanted:
+                    passing.taps[f"in:{layer}"] = hidden
+                kind = self.layer_types[layer]
+                hidden = layers[layer](
+                    hidden,
+                    attention_mask=masks[kind],
+                    position_embeddings=angles[kind],
+                    position_ids=positions,
+                    past_key_values=cache,
+                    use_cache=True,
+                )
+                if f"out:{layer}" in wanted:
+                    passing.taps[f"out:{layer}"] = hidden
         passing.hidden = hidden
 
     def prefill(
