@@ -75,6 +75,18 @@ def small_target(name="llama", dtype=torch.float32):
     return Target(small)
 
 
+def untrained(name, kind, **options):
+    """A learned drafter with random weights, up-projections and all: its drafts are garbage, and that must not show."""
+    drafter = make_drafter(kind)
+    drafter = type(drafter)(**options)
+    drafter.initialise(target(name), seed=1)
+    with torch.random.fork_rng():
+        torch.manual_seed(2)
+        for parameter in drafter.module.parameters():
+            parameter.data.normal_(std=0.3)
+    return drafter
+
+
 DRAFTERS = {
     "prompt_lookup": lambda name: make_drafter("prompt_lookup:min_ngram=1,draft_len=6"),
     "prompt_lookup tree": lambda name: make_drafter("prompt_lookup:min_ngram=1,branches=3,draft_len=5"),
@@ -84,6 +96,10 @@ DRAFTERS = {
     "draft_model own": lambda name: DraftModel(model=small_target(name), draft_len=4, draw="own"),
     "layer_skip": lambda name: make_drafter("layer_skip:draft_len=3"),
     "lookahead": lambda name: make_drafter("lookahead"),
+    "ptp one-hot": lambda name: untrained(name, "ptp", rank=4, min_gain=0.0),
+    "ptp categorical": lambda name: untrained(name, "ptp", mode="categorical", rank=4, min_gain=0.0),
+    "ptp mask": lambda name: untrained(name, "ptp", mode="mask", rank=4, min_gain=0.0),
+    "ptp tree": lambda name: untrained(name, "ptp", rank=4, min_gain=0.0, branches=3, budget=24, adaptive=True),
     "merged": lambda name: make_drafter("prompt_lookup+suffix+lookahead"),
 }
 

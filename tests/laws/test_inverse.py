@@ -97,3 +97,4 @@ def test_many_rows_are_warped_as_one_by_one(seed, top_k, top_p):
     together = warp(scores, settings)
     assert torch.equal(together, torch.stack([warp(row, settings) for row in scores]))
     assert torch.equal(warp(scores[None], settings)[0], together)
+    assert torch.equal(warp(scores, settings, wait=False), together)

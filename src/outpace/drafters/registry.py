@@ -16,6 +16,7 @@ DRAFTERS: Final[dict[str, str]] = {
     "draft_model": "outpace.drafters.draft_model:DraftModel",
     "layer_skip": "outpace.drafters.layer_skip:LayerSkip",
     "lookahead": "outpace.drafters.lookahead:Lookahead",
+    "ptp": "outpace.drafters.ptp:Ptp",
 }
 
 ENTRY_POINTS: Final = "outpace.drafters"

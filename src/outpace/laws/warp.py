@@ -117,11 +117,12 @@ def _argmax(scores: Tensor) -> Tensor:
     return torch.argmax(scores)
 
 
-def warp(scores: Tensor, settings: Settings) -> Tensor:
+def warp(scores: Tensor, settings: Settings, *, wait: bool = True) -> Tensor:
     """Temperature, top-k, top-p, min-p, then softmax, each row by itself: [..., V] -> [..., V], rows sum to one.
 
     scores: logits in float32 or float64, after every history-dependent processor. Greedy settings have no softmax;
-    they are the caller's (`Sampler.law`).
+    they are the caller's (`Sampler.law`). wait: look at values where that saves work or finds an error; False keeps
+    the device's queue running, sorts whole rows for top-p, and leaves rows without a law NaN.
 
     Raises:
         LawError: if a row gives no law.
@@ -134,14 +135,16 @@ def warp(scores: Tensor, settings: Settings) -> Tensor:
     p = torch.softmax(scores, -1)
     truncated = False
     if settings.top_p is not None and settings.top_p < 1.0:
-        p = _keep_mass(p.reshape(-1, p.shape[-1]), settings.top_p).reshape(p.shape)
+        p = _keep_mass(p.reshape(-1, p.shape[-1]), settings.top_p, wait).reshape(p.shape)
         truncated = True
     if settings.min_p:
         p = torch.where(p < settings.min_p * p.amax(-1, keepdim=True), torch.zeros_like(p), p)
         truncated = True
     if truncated:
         p = p / p.sum(-1, keepdim=True)
-    if not bool(torch.isfinite(p[..., 0]).all()):  # softmax of a row with NaN, or of all -inf, is NaN everywhere
+    if wait and not bool(
+        torch.isfinite(p[..., 0]).all()
+    ):  # softmax of a row with NaN, or of all -inf, is NaN everywhere
         raise LawError(
             "the target's logits give no law (all tokens forbidden, or NaN); check logits processors, logit_bias and "
             "the model's dtype"
@@ -149,14 +152,14 @@ def warp(scores: Tensor, settings: Settings) -> Tensor:
     return p
 
 
-def _keep_mass(p: Tensor, mass: float) -> Tensor:
+def _keep_mass(p: Tensor, mass: float, wait: bool) -> Tensor:
     """Zero all but the smallest set of most likely tokens of each row [N, V] holding at least `mass`.
 
     Lower ids first among equals. The set is found from sorted values alone, so it does not depend on how a sort orders
     ties (bf16 logits tie often).
     """
     size = p.shape[-1]
-    values = torch.topk(p, min(_HEAD, size)).values
+    values = torch.topk(p, min(_HEAD if wait else size, size)).values
     cumulated = torch.cumsum(values, -1, dtype=torch.float64)
     if values.shape[-1] < size and bool((cumulated[:, -1] < mass).any()):
         values = torch.sort(p, descending=True).values

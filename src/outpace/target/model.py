@@ -303,7 +303,7 @@ class Target:
             else:
                 angles[kind] = next(iter(angles.values()))
         adapter = block.scouts.adapter if joined and block.scouts is not None else None
-        with self._gate.open(adapter, block.rows), attention.use_grouped_attention(self.config):
+        with self._gate.open(adapter, block.rows), attention.use_attention(self.config):
             for layer in ids:
                 if layer not in self.layer_ids:
                     continue
