@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Literal, get_args
 import torch
 
 from outpace.errors import ConfigError
-from outpace.laws import DraftKind, Key, Stream, Tree
+from outpace.laws import DraftKind, Key, NoiseDice, Stream, Tree
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -50,3 +50,12 @@ def chain_of(tokens: list[int], laws: list[Tensor]) -> Tree:
     if not laws:
         return Tree.chain(tokens)
     return Tree.chain(tokens, kind="iid", laws=torch.stack([*laws, torch.zeros_like(laws[0])]))
+
+
+def numbers_ahead(request: RequestContext, count: int) -> list[float] | None:
+    """The path's numbers of the next `count` positions, or None where they decide nothing (greedy, Gumbel noise)."""
+    dice = request.sampler.dice
+    if request.sampler.greedy or not isinstance(dice, NoiseDice) or dice.kind != "uniform":
+        return None
+    start = len(request.tokens)
+    return [dice.uniform(Key(Stream.PATH, start + ahead)) for ahead in range(count)]

@@ -14,7 +14,7 @@ import dataclasses
 import inspect
 import os
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
@@ -160,7 +160,7 @@ class Recipe:
         row_length: tokens of a packed row. rows: rows of one batch on one device.
         epochs: passes over the corpus, unless steps or minutes are given.
         loss: what is compared with the target's law. depths: how many tokens ahead are trained.
-        decay: weight of depth k is decay^k.
+        decay: weight of depth k is decay^k. noise: amplitude of uniform noise on the features a drafter reads.
     """
 
     lr: float = 1e-3
@@ -177,6 +177,7 @@ class Recipe:
     loss: LossKind = "soft"
     depths: int = 5
     decay: float = 0.8
+    noise: float = 0.0
 
     def replace(self, **changes: Any) -> Recipe:
         """A copy with some fields changed.
@@ -256,6 +257,10 @@ class LearnedDrafter(Drafter):
         """Before `build`, in training only: counts [V] int64 of answer tokens in the corpus (draft vocabularies)."""
         del counts, target
 
+    def calibrate(self, batches: Iterable[Batch]) -> None:
+        """After training: choose decoding options on greedy text of the target (fixed trees), taps as in training."""
+        del batches
+
     def initialise(self, target: Target, *, seed: int = 0) -> None:
         """Take initial weights for a target instead of loading any; for training."""
         with torch.random.fork_rng(devices=_cuda_devices(target)):
@@ -315,10 +320,14 @@ class LearnedDrafter(Drafter):
         module.load_state_dict(tensors)
         self.module = module.to(target.dtype).eval()
 
-    def for_decoding(self) -> Self:
+    def weights(self) -> dict[str, Tensor]:
+        """The module's tensors, whole (every process of a sharded run must ask at once)."""
+        return {name: _whole(value.detach()) for name, value in self.module.state_dict().items()}
+
+    def for_decoding(self, weights: Mapping[str, Tensor] | None = None) -> Self:
         """A copy of this drafter as it is now, in the target's dtype, with caches of its own."""
         copy = type(self)(**{name: getattr(self, name) for name in self.options()})
-        copy.restore({name: value.detach() for name, value in self.module.state_dict().items()}, self.target)
+        copy.restore(self.weights() if weights is None else weights, self.target)
         copy._take(self.target)
         return copy
 
@@ -331,6 +340,12 @@ class LearnedDrafter(Drafter):
         """Constructor options by name, JSON data."""
         parameters = inspect.signature(type(self).__init__).parameters
         return {name: _plain(getattr(self, name)) for name in list(parameters)[1:]}
+
+    def take_options(self, other: Self) -> None:
+        """Decode as another drafter of this class does."""
+        for name in self.decoding:
+            setattr(self, name, getattr(other, name))
+        self.ready(self.target)
 
     @classmethod
     def from_pretrained(cls, folder: str | os.PathLike[str], *, force: bool = False, **changes: Any) -> Self:
@@ -357,18 +372,30 @@ class LearnedDrafter(Drafter):
         made.provenance = config.get("provenance", {})
         return made
 
-    def save_pretrained(self, folder: str | os.PathLike[str], *, dtype: torch.dtype = torch.bfloat16) -> None:
+    def save_pretrained(
+        self,
+        folder: str | os.PathLike[str],
+        *,
+        dtype: torch.dtype = torch.bfloat16,
+        weights: Mapping[str, Tensor] | None = None,
+    ) -> None:
         """Write weights (floating-point ones in `dtype`) and a config that says what they belong to.
 
         Raises:
             CheckpointError: if it cannot be written, or holds numbers that are not finite.
         """
-        state = self.module.state_dict()
+        state = self.weights() if weights is None else weights
         bad = [k for k, v in state.items() if v.is_floating_point() and not bool(torch.isfinite(v).all())]
         if bad:
             raise CheckpointError(f"not saved: tensors {bad} of drafter {self.name!r} hold numbers that are not finite")
         tensors = {name: value.to(dtype) if value.is_floating_point() else value for name, value in state.items()}
         save_checkpoint(folder, self.name, self.options(), tensors, self.target, provenance=self.provenance)
+
+
+def _whole(value: Tensor) -> Tensor:
+    """A sharded tensor gathered, a plain one as it is."""
+    gather = getattr(value, "full_tensor", None)
+    return value if gather is None else gather()
 
 
 def _plain(value: Any) -> Any:

@@ -17,6 +17,12 @@ DRAFTERS: Final[dict[str, str]] = {
     "layer_skip": "outpace.drafters.layer_skip:LayerSkip",
     "lookahead": "outpace.drafters.lookahead:Lookahead",
     "ptp": "outpace.drafters.ptp:Ptp",
+    "medusa": "outpace.drafters.medusa:Medusa",
+    "mtp": "outpace.drafters.mtp:MTP",
+    "mtp_heads": "outpace.drafters.mtp:MTPHeads",
+    "eagle": "outpace.drafters.eagle:Eagle",
+    "eagle2": "outpace.drafters.eagle:Eagle2",
+    "eagle3": "outpace.drafters.eagle:Eagle3",
 }
 
 ENTRY_POINTS: Final = "outpace.drafters"

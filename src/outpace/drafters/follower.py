@@ -1,0 +1,208 @@
+"""Drafters that follow the target's features row by row, with a cache of their own: EAGLE, sequential MTP.
+
+Between rounds a request owes the drafter the rows of what was accepted: features the target has just computed, each
+with the token behind it. They are read when a draft is wanted, all requests in one pass of static width, and the tree
+grows from there. The inner part is tensors only (`growth`); this module feeds it and packs what comes out.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Literal
+from weakref import WeakKeyDictionary
+
+import torch
+
+from outpace.drafters.ahead import numbers_ahead
+from outpace.drafters.base import Context, Needs, RequestContext
+from outpace.drafters.growth import Draws, FixedTree, Plan, Ranks, extend, grow, grow_fixed
+from outpace.drafters.learning import Batch, LearnedDrafter, Losses
+from outpace.drafters.rowcache import RowCache, bucket
+from outpace.drafters.rows import RowNet, unrolled_losses
+from outpace.drafters.seats import Seats
+from outpace.errors import ConfigError
+from outpace.laws import Draft, Tree, Walk
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from outpace.target import Readout, Target
+
+GuessMode = Literal["path", "greedy"]
+PREFILL_CHUNK = 512  # rows of one reading of a prompt
+
+
+class FollowingDrafter(LearnedDrafter):
+    """A drafter around a `RowNet`.
+
+    Args:
+        draft_len: deepest drafted token.
+        branches: children per expanded node and nodes expanded per depth; 1 drafts a chain.
+        nodes: most nodes of a draft.
+        paths: rank tuples of a tree fixed in advance, which then replaces the three above.
+        draw: "path" lets the path's own number choose among the drafter's tokens (at temperature > 0), "greedy" takes
+            its most likely ones.
+        coupling: under "path", how sure a token so drawn is to be the path's.
+    """
+
+    module: RowNet
+
+    def __init__(
+        self,
+        *,
+        draft_len: int,
+        branches: int,
+        nodes: int,
+        paths: Sequence[Ranks] = (),
+        draw: GuessMode = "path",
+        coupling: float = 0.6,
+    ) -> None:
+        super().__init__()
+        if draw not in ("path", "greedy"):
+            raise ConfigError(f"draw must be path or greedy, got {draw!r}")
+        if not 0 <= coupling < 1:
+            raise ConfigError(f"coupling must be in [0, 1), got {coupling}")
+        self.draft_len, self.branches, self.nodes = draft_len, branches, nodes
+        self.paths = tuple(tuple(path) for path in paths)
+        self.draw: GuessMode = draw
+        self.coupling = coupling
+        self.shape: Plan | FixedTree = (
+            FixedTree(self.paths) if self.paths else Plan(depth=draft_len, branches=branches, nodes=nodes)
+        )
+        self._pending: WeakKeyDictionary[RequestContext, list[tuple[Tensor, list[int]]]] = WeakKeyDictionary()
+        self.needs = Needs(noise=draw == "path")  # and the taps, once the target is known
+
+    @abstractmethod
+    def build(self, target: Target) -> RowNet:
+        """See `LearnedDrafter.build`."""
+
+    @property
+    def training_taps(self) -> frozenset[str]:
+        """The network's features, and the states the target's head reads, for the teacher."""
+        return self.needs.taps | {"post_norm"}
+
+    @property
+    def shifts(self) -> tuple[int, ...]:
+        """Row t at step k is compared with token t + 2 + k."""
+        return tuple(range(2, self.recipe.depths + 2))
+
+    def objective(self, batch: Batch) -> Losses:
+        """The training-time test."""
+        return unrolled_losses(self.module, batch, self.recipe)
+
+    def ready(self, target: Target) -> None:
+        """Make the cache and the tree's tables."""
+        net = self.module
+        self.needs = Needs(taps=frozenset(net.taps), noise=self.draw == "path")
+        parameter = next(net.parameters())
+        self.cache = RowCache.empty(
+            net.layers, net.shape.key_heads, net.shape.head_size, net.top_size,
+            device=target.device, dtype=parameter.dtype,
+        )  # fmt: skip
+        self.seats = Seats(self.cache)
+        if self.paths:
+            self.shape = FixedTree(self.paths, target.device)
+
+    def start(self, context: Context, request: RequestContext, taps: Mapping[str, Tensor]) -> None:
+        """Read the prompt: features of all tokens but the root, each with the token behind it."""
+        self.seats.update(context)
+        seat = self.seats.requests.index(request)
+        self.cache.truncate(seat, 0)
+        self._pending[request] = []
+        features = torch.cat([taps[name] for name in self.module.taps], -1)[0] if taps else None
+        if features is None or not features.shape[0]:
+            return  # a prompt of one token has no feature yet
+        tokens = request.tokens[1:]
+        for begin in range(0, len(tokens), PREFILL_CHUNK):
+            rows = slice(begin, begin + PREFILL_CHUNK)
+            self._read({seat: (features[rows], tokens[rows])}, len(tokens[rows]), seat + 1, only=seat)
+
+    def observe(self, context: Context, walks: Sequence[Walk], read: Readout) -> None:
+        """Owe each request the rows of its accepted path."""
+        most = max(len(walk.tokens) for walk in walks)
+        index = [[0, *(node + 1 for node in walk.nodes)] for walk in walks]
+        padded = torch.tensor([[*rows, *([0] * (most - len(rows)))] for rows in index], device=context.target.device)
+        taken = torch.cat(
+            [tap.gather(1, padded[..., None].expand(-1, -1, tap.shape[2])) for tap in self._taps(read)], -1
+        )
+        for b, (request, walk) in enumerate(zip(context.requests, walks, strict=True)):
+            self._pending.setdefault(request, []).append((taken[b, : len(walk.tokens)], list(walk.tokens)))
+
+    def propose(self, context: Context) -> Draft:
+        """Read what is owed, grow a tree behind it."""
+        self.seats.update(context)
+        requests = self.seats.requests
+        owed = {seat: self._owed(request) for seat, request in enumerate(requests) if self._pending.get(request)}
+        most = max((len(tokens) for _, tokens in owed.values()), default=0)
+        static = self.shape.depth + 1
+        for begin in range(0, most, static):
+            now = {s: (f[begin : begin + static], t[begin : begin + static]) for s, (f, t) in owed.items()}
+            self._read({s: row for s, row in now.items() if row[1]}, static, len(requests))
+        width = bucket(max(self.cache.lengths[: len(requests)]) + self.shape.scratch)
+        self.cache.reserve(capacity=width)
+        tokens, parents = self.grow(len(requests), width, self._draws(requests))
+        return self._pack(context, tokens, parents)
+
+    def grow(self, batch: int, width: int, draws: Draws | None) -> tuple[Tensor, Tensor]:
+        """The tensor-only part of `propose`, after `growth.extend`: (tokens, parents) of the first `batch` seats."""
+        embed = self.target.embed
+        if isinstance(self.shape, FixedTree):
+            return grow_fixed(self.module, embed, self.cache, self.shape, batch, width, draws)
+        return grow(self.module, embed, self.cache, self.shape, batch, width, draws)
+
+    def _taps(self, read: Readout) -> list[Tensor]:
+        return [read.taps[name] for name in self.module.taps]
+
+    def _owed(self, request: RequestContext) -> tuple[Tensor, list[int]]:
+        parts = self._pending[request]
+        self._pending[request] = []
+        return torch.cat([features for features, _ in parts]), [token for _, tokens in parts for token in tokens]
+
+    def _read(
+        self, rows: Mapping[int, tuple[Tensor, list[int]]], static: int, batch: int, *, only: int | None = None
+    ) -> None:
+        """Extend the first `batch` seats by the rows given, padded to `static`; `only`: a single seat, alone."""
+        if not rows:
+            return
+        device, dtype = self.cache.top.device, self.cache.top.dtype
+        size = next(iter(rows.values()))[0].shape[-1]
+        features = torch.zeros(batch, static, size, device=device, dtype=dtype)
+        tokens = [[0] * static for _ in range(batch)]
+        counts = [0] * batch
+        for seat, (feature, ids) in rows.items():
+            features[seat, : len(ids)] = feature.to(dtype)
+            tokens[seat][: len(ids)] = ids
+            counts[seat] = len(ids)
+        cache, first = self.cache, 0
+        width = bucket(max(self.cache.lengths[:batch]) + static)
+        self.cache.reserve(capacity=width)
+        if only is not None:
+            first, cache = only, self.cache.seat(only)
+        extend(
+            self.module, self.target.embed, cache, features[first:],
+            torch.tensor(tokens[first:], device=device), torch.tensor(counts[first:], device=device), width,
+        )  # fmt: skip
+        self.cache.advance(counts)
+
+    def _draws(self, requests: Sequence[RequestContext]) -> Draws | None:
+        """The path's numbers of the positions ahead, where somebody samples."""
+        if self.draw != "path":
+            return None
+        found = [numbers_ahead(request, self.shape.depth) for request in requests]
+        if not any(found):
+            return None
+        u = [numbers or [0.0] * self.shape.depth for numbers in found]
+        temperature = [r.sampler.settings.temperature if n else 0.0 for r, n in zip(requests, found, strict=True)]
+        device = self.cache.top.device
+        return Draws(torch.tensor(u, device=device), torch.tensor(temperature, device=device), self.coupling)
+
+    def _pack(self, context: Context, tokens: Tensor, parents: Tensor) -> Draft:
+        """One tree per request in the context's order, its first path in one piece."""
+        order = self.seats.order(context)
+        nodes: list[Any] = list(zip(tokens.tolist(), parents.tolist(), strict=True))
+        trees = []
+        for request, seat in zip(context.requests, order, strict=True):
+            read = self.cache.lengths[seat] > 0
+            trees.append(Tree(*nodes[seat]).depth_first() if request.speculate and read else Tree())
+        return Draft.of(trees)

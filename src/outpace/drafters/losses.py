@@ -1,0 +1,169 @@
+"""What is compared with the target's law, and how it is added up without holding logits of all rows at once.
+
+`row_losses` is the definition, in plain float32 torch. `head_loss` applies it chunk by chunk: logits of a chunk live
+until its gradient with respect to the hidden states is known, so memory is chunk x vocabulary whatever the number of
+rows and depths (Gloeckle et al. 2024, section 2, in another form).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Final
+
+import torch
+from torch.nn import functional as F
+
+from outpace.errors import ConfigError, suggestion
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from outpace.drafters.heads import DraftHead
+    from outpace.drafters.learning import LossKind
+
+CHUNK: Final = 4096  # rows whose logits are held at once
+LOSSES: Final = ("soft", "hard", "kl", "reverse_kl", "total_variation", "overlap", "hybrid")
+_ETA: Final = 3.0  # hybrid: the weight of KL is exp(-eta * overlap), so it fades as the laws come to agree
+
+
+def check_loss(kind: str) -> None:
+    """Refuse unknown losses.
+
+    Raises:
+        ConfigError: naming the known ones.
+    """
+    if kind not in LOSSES:
+        raise ConfigError(f"unknown loss {kind!r}; {suggestion(kind, LOSSES)}")
+
+
+def row_losses(kind: LossKind, logits: Tensor, p: Tensor | None, label: Tensor) -> Tensor:
+    """Loss of each row, [n] float32.
+
+    logits: [n, Vd] of the drafter. p: [n, Vd] float32, the target's probability of each draft token: for the overlap
+    losses the target's own (rows sum to what the draft vocabulary covers, the rest can never be accepted), for the
+    others renormalised to one. None for "hard". label: [n] draft id of the corpus's token, -1 where it has none.
+
+    soft: -sum p log q. kl: sum p log(p / q), the same gradient. reverse_kl: sum q log(q / p). hard: -log q[label], 0
+    where the label cannot be drafted. With the overlap a = sum min(p, q), the chance that the draft is accepted when
+    both are sampled: total_variation: 1 - a; overlap: -log a (LK loss); hybrid: lambda * kl + (1 - lambda) * (1 - a)
+    with lambda = exp(-3 a), a held fixed in lambda.
+    """
+    logq = F.log_softmax(logits.float(), -1)
+    if kind == "hard":
+        return F.nll_loss(logq, label.clamp_min(0), reduction="none") * (label >= 0)
+    assert p is not None  # every other loss has a teacher
+    if kind == "soft":
+        return -(p * logq).sum(-1)
+    if kind == "kl":
+        return (torch.special.xlogy(p, p) - p * logq).sum(-1)
+    q = logq.exp()
+    if kind == "reverse_kl":
+        return (q * (logq - p.clamp_min(1e-9).log())).sum(-1)
+    overlap = torch.minimum(p, q).sum(-1)
+    if kind == "total_variation":
+        return 1 - overlap
+    if kind == "overlap":
+        return -overlap.clamp_min(1e-9).log()
+    part = torch.exp(-_ETA * overlap.detach())
+    kept = p / p.sum(-1, keepdim=True)
+    divergence = (torch.special.xlogy(kept, kept) - kept * logq).sum(-1)
+    return part * divergence + (1 - part) * (1 - overlap)
+
+
+@dataclass(frozen=True, slots=True)
+class Teacher:
+    """Where the target's law of each row comes from.
+
+    Attributes:
+        states: [N, H] post-norm states of the target, all slots.
+        rows: [n] int64: the slot whose law is the row's teacher.
+    """
+
+    states: Tensor
+    rows: Tensor
+
+    def law(self, kind: LossKind, head: DraftHead, chunk: slice) -> Tensor | None:
+        """p of `row_losses` for some rows."""
+        if kind == "hard":
+            return None
+        states = self.states[self.rows[chunk]]
+        kept = F.linear(states, head.teacher).float()
+        if kind in ("soft", "kl", "reverse_kl") or not head.reduced:
+            return torch.softmax(kept, -1)
+        norm = torch.logsumexp(F.linear(states, head.teacher_full).float(), -1, keepdim=True)
+        return torch.exp(kept - norm)
+
+
+def head_loss(
+    kind: LossKind,
+    hidden: Tensor,
+    head: DraftHead,
+    label: Tensor,
+    teacher: Teacher,
+    *,
+    weight: Tensor | None = None,
+    chunk: int = CHUNK,
+) -> tuple[Tensor, Tensor]:
+    """(summed loss with gradient, hits [n] bool) of hidden states [n, H] through a head.
+
+    label: [n] target ids of the corpus's tokens. weight: [Vd, H] instead of the head's own, for heads that add to it.
+    A hit is a row whose most likely token is the corpus's.
+    """
+    label = head.to_draft(label)
+    weight = head.weight if weight is None else weight
+    total, hits = _Chunked.apply(hidden, weight, kind, head, label, teacher, chunk)  # type: ignore[no-untyped-call]
+    return total, hits
+
+
+class _Chunked(torch.autograd.Function):
+    """Sum of row losses; gradients are made in the forward pass, one chunk's logits at a time."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        kind: LossKind,
+        head: DraftHead,
+        label: Tensor,
+        teacher: Teacher,
+        chunk: int,
+    ) -> tuple[Tensor, Tensor]:
+        wants = [hidden.requires_grad, weight.requires_grad]
+        total = torch.zeros((), device=hidden.device, dtype=torch.float32)
+        into_hidden = torch.zeros_like(hidden) if wants[0] else None
+        into_weight = torch.zeros_like(weight) if wants[1] else None
+        hits = torch.zeros(hidden.shape[0], dtype=torch.bool, device=hidden.device)
+        for start in range(0, hidden.shape[0], chunk):
+            part = slice(start, start + chunk)
+            p = teacher.law(kind, head, part)
+            with torch.enable_grad():
+                rows = hidden[part].detach().requires_grad_(wants[0])
+                own = weight.detach().requires_grad_(wants[1])
+                logits = F.linear(rows, own.to(rows.dtype))
+                loss = row_losses(kind, logits, p, label[part]).sum()
+                asked = [x for x, want in zip((rows, own), wants, strict=True) if want]
+                found = list(torch.autograd.grad(loss, asked)) if asked else []
+            if into_hidden is not None:
+                into_hidden[part] = found.pop(0)
+            if into_weight is not None:
+                into_weight += found.pop(0)
+            hits[part] = logits.detach().argmax(-1) == label[part]
+            total += loss.detach()
+        ctx.save_for_backward(into_hidden, into_weight)
+        ctx.mark_non_differentiable(hits)
+        return total, hits
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        into_hidden, into_weight = ctx.saved_tensors
+        scale = gradients[0]
+        return (
+            None if into_hidden is None else into_hidden * scale.to(into_hidden.dtype),
+            None if into_weight is None else into_weight * scale.to(into_weight.dtype),
+            None,
+            None,
+            None,
+            None,
+            None,
+        )

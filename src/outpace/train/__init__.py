@@ -1,0 +1,16 @@
+"""Training: corpora the target writes itself, features it computes on the way, one loop."""
+
+from outpace.train.corpus import Corpus, CorpusReport, CorpusSettings, write_corpus
+from outpace.train.loop import Trainer, TrainSettings
+from outpace.train.prompts import PromptReport, read_prompts
+
+__all__ = [
+    "Corpus",
+    "CorpusReport",
+    "CorpusSettings",
+    "PromptReport",
+    "TrainSettings",
+    "Trainer",
+    "read_prompts",
+    "write_corpus",
+]

@@ -1,0 +1,98 @@
+"""The figures that matter: the real decode loop on held-out prompts, and what training would have predicted.
+
+`decode` lets the engine decode with the drafter as it is; `simulate` replays the same answers through the objective,
+where every depth sees the corpus's tokens, and walks them as a chain drafter would. The two must agree, or training
+and decoding do not see the same thing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from outpace.engine import Engine, Output, Stats, total
+from outpace.train.features import read_taps
+from outpace.train.packing import Document, assemble
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from outpace.drafters.learning import Batch, LearnedDrafter
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluation:
+    """Counts of the decode loop over a set of prompts."""
+
+    stats: Stats
+    outputs: list[Output]
+
+    @property
+    def emitted_per_round(self) -> float:
+        """Tokens per target pass."""
+        return self.stats.emitted_per_round
+
+    def as_dict(self) -> dict[str, Any]:
+        """Figures for curves and logs."""
+        return {
+            "emitted_per_round": round(self.stats.emitted_per_round, 4),
+            "accept_given_reached": [round(a, 4) for a in self.stats.accept_given_reached],
+            "rounds": self.stats.rounds,
+        }
+
+
+def decode(
+    drafter: LearnedDrafter,
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int,
+    temperature: float = 0.0,
+    max_batch: int = 32,
+    weights: Mapping[str, Tensor] | None = None,
+) -> Evaluation:
+    """Decode prompts with the drafter as it is now (or with these weights), never standing down."""
+    engine = Engine(drafter.target, drafter.for_decoding(weights), max_batch=max_batch, stand_down=False)
+    try:
+        outputs = engine.generate(
+            [list(prompt) for prompt in prompts], max_new_tokens=max_new_tokens, temperature=temperature
+        )
+    finally:
+        engine.close()
+    return Evaluation(total([output.stats for output in outputs]), outputs)
+
+
+@torch.no_grad()
+def simulate(drafter: LearnedDrafter, outputs: Sequence[Output], *, depth: int) -> float:
+    """Tokens per round a chain of `depth` greedy draft tokens would have reached on these answers, by the objective.
+
+    Only the objective is asked: no cache, no tree, no engine.
+    """
+    rounds = tokens = 0
+    before = drafter.recipe
+    drafter.recipe = before.replace(depths=depth)
+    try:
+        for output in outputs:
+            losses = drafter.objective(replay(drafter, output))
+            assert losses.hit_map is not None
+            run = losses.hit_map.long().cumprod(0).sum(0).tolist()  # tokens in a row right, by slot
+            at, end = len(output.prompt_tokens) - 2, len(output.prompt_tokens) + len(output.tokens) - 2
+            while at < end:
+                step = min((run[at] if at >= 0 else 0) + 1, end - at)
+                at += step
+                tokens += step
+                rounds += 1
+    finally:
+        drafter.recipe = before
+    return tokens / rounds if rounds else 0.0
+
+
+def replay(drafter: LearnedDrafter, output: Output) -> Batch:
+    """An answer as a batch of one document, with the taps training reads."""
+    ids = [*output.prompt_tokens, *output.tokens]
+    document = Document(ids, len(output.prompt_tokens))
+    batch = assemble([[document]], len(ids), drafter.target, shifts=drafter.shifts)
+    batch.taps = read_taps(batch, drafter.training_taps)
+    return batch
