@@ -116,7 +116,7 @@ class Ptp(LearnedDrafter):
         *,
         mode: ModeName = "one_hot",
         slots: int = 8,
-        encoding: str = "digits",
+        encoding: str = "anchors",
         rank: int = 32,
         scale: float = 1.0,
         temperature: float = 1.0,
@@ -234,14 +234,8 @@ class Ptp(LearnedDrafter):
             weights=recipe.weights,
             kernel=self.kernel,
         )
-        return objective(batch, self.module, self.shape, task)
-
-    def fit(self, target: Target) -> None:
-        """Load the weights, and keep the adapter in the target's dtype."""
-        fitted = self._fitted is target
-        super().fit(target)
-        if not fitted:
-            self.module.adapter.to(target.dtype)
+        with torch.autocast(batch.tokens.device.type, enabled=False):  # laws need float32 and better, and say so
+            return objective(batch, self.module, self.shape, task)
 
     def ready(self, target: Target) -> None:
         """Read the calibration."""

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 def check_numbers(u: Tensor) -> None:
-    """Refuse what is no random number of a path. Waits for the device; decoding and training hand over their own.
+    """Refuse what is no random number of a path (looks at values, so it waits for a device).
 
     Raises:
         ConfigError: naming the first number outside [0, 1).
@@ -80,7 +80,7 @@ class Encoding:
 
 ENCODINGS: Final[dict[str, Encoding]] = {
     "digits": Encoding(digits, 16, 1.0),
-    "anchors": Encoding(anchors, 9, 0.3),
+    "anchors": Encoding(anchors, 17, 0.22),
     "float": Encoding(float_digits, 32, 0.4),
     "cosine": Encoding(cosines, 32, 0.7),
     "sawtooth": Encoding(sawtooth, 32, 0.3),
@@ -124,8 +124,14 @@ class NumberEmbedding(nn.Module):
         self.weight = nn.Parameter(torch.randn(size, count) * spread / self.encoding.spread / math.sqrt(count))
 
     def forward(self, u: Tensor) -> Tensor:
-        """[...] float64 in [0, 1) -> [..., size] in the weights' dtype."""
+        """[...] float64 in [0, 1) -> [..., size], computed in float32 whatever the weights' dtype.
+
+        Raises:
+            ConfigError: on a number outside [0, 1) (on CPU, where looking costs nothing).
+        """
+        if u.device.type == "cpu":
+            check_numbers(u)
         if self.encoding is None:
-            return self.bias.expand(*u.shape, -1)
-        features = self.encoding.features(u, self.encoding.count)
-        return features.to(self.weight.dtype) @ self.weight.T + self.bias
+            return self.bias.float().expand(*u.shape, -1)
+        features = self.encoding.features(u, self.encoding.count).float()
+        return features @ self.weight.float().T + self.bias.float()
