@@ -21,7 +21,6 @@ from torch.nn import functional as F
 from outpace import Engine
 from outpace.drafters.learning import Recipe
 from outpace.drafters.ptp import Ptp
-from outpace.drafters.ptp.objective import teacher_numbers  # noqa: F401  # named in the page
 from outpace.laws import Noise
 from outpace.target import Target
 from outpace.train.packing import Document, assemble

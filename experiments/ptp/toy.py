@@ -121,14 +121,12 @@ class Student(nn.Module):
         self.head = nn.Linear(size, vocabulary)
 
     def forward(self, start: Tensor, u: Tensor) -> Tensor:
-        """start [n] int64, u [n, N] float64 -> logits [n, N + 1, V]; row 0 is the start token's."""
+        """Logits [n, N + 1, V] for start [n] int64 and u [n, N] float64; row 0 is the start token's."""
         x = torch.cat([self.start(start)[:, None], self.numbers(u)], 1) + self.place[: u.shape[1] + 1]
         n, rows, size = x.shape
         for layer in self.layers:
-            q, k, v = (
-                part.view(n, rows, self.heads, -1).transpose(1, 2) for part in layer["qkv"](layer["norm1"](x)).chunk(3, -1)
-            )
-            seen = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+            qkv = layer["qkv"](layer["norm1"](x)).view(n, rows, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
+            seen = F.scaled_dot_product_attention(*qkv, is_causal=True)
             x = x + layer["out"](seen.transpose(1, 2).reshape(n, rows, size))
             x = x + layer["down"](F.gelu(layer["up"](layer["norm2"](x))))
         return self.head(self.norm(x))
@@ -161,28 +159,17 @@ def train(
     batch: int = 128,
     lr: float = 1e-3,
     seed: int = 0,
-    every: int = 0,
-    watch: Callable[[int, float, list[float]], None] | None = None,
+    examples: tuple[Tensor, Tensor] | None = None,
 ) -> dict[str, Any]:
-    """Train a student and measure it on fresh numbers: leading-correct tokens, accuracy per slot, seconds."""
+    """Train a student and measure it on fresh numbers: leading-correct tokens, accuracy per slot, seconds.
+
+    examples: (start, u) at which its guesses are wanted too.
+    """
     torch.manual_seed(seed)
     size = chain.law.shape[0]
     student = Student(size, slots, None if mode == "mask" else encoding)
     optimizer = torch.optim.AdamW(student.parameters(), lr=lr, weight_decay=0.0)
     started = time.perf_counter()
-
-    def measure(count: int) -> tuple[float, list[float]]:
-        generator = torch.Generator().manual_seed(seed + 1)
-        start = torch.randint(size, (count,), generator=generator)
-        u = torch.rand(count, slots, dtype=torch.float64, generator=generator)
-        with torch.no_grad():
-            right = torch.cat(
-                [
-                    loss_and_guesses(mode, chain, student, s, v)[1] == chain.path(s, v)
-                    for s, v in zip(start.split(2000), u.split(2000), strict=True)
-                ]
-            )
-        return leading(right), right.double().mean(0).tolist()
 
     for step in range(steps):
         for group in optimizer.param_groups:
@@ -193,16 +180,24 @@ def train(
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        if watch is not None and every and (step + 1) % every == 0:
-            watch(step + 1, *measure(2000))
-    correct, accuracy = measure(20_000)
+
+    @torch.no_grad()
+    def guess(start: Tensor, u: Tensor) -> Tensor:
+        pieces = zip(start.split(2000), u.split(2000), strict=True)
+        return torch.cat([loss_and_guesses(mode, chain, student, s, v)[1] for s, v in pieces])
+
+    generator = torch.Generator().manual_seed(seed + 1)
+    start = torch.randint(size, (20_000,), generator=generator)
+    u = torch.rand(20_000, slots, dtype=torch.float64, generator=generator)
+    right = guess(start, u) == chain.path(start, u)
     return {
         "mode": mode,
         "encoding": None if mode == "mask" else encoding,
-        "leading_correct": correct,
-        "accuracy": accuracy,
+        "leading_correct": leading(right),
+        "accuracy": right.double().mean(0).tolist(),
         "steps": steps,
         "seconds": round(time.perf_counter() - started, 1),
+        **({"examples": guess(*examples)} if examples is not None else {}),
     }
 
 

@@ -312,9 +312,7 @@ _RATES = ((0.65, 0.14, 0.06, 0.03, 0.02),) * 5
 DEFAULT_PATHS: Final[tuple[Ranks, ...]] = tuple(path for path, _ in best_paths(_RATES, 63))
 
 
-def grow_ranked(
-    logits: Tensor, head: DraftHead, tree: FixedTree, draws: Draws | None = None
-) -> tuple[Tensor, Tensor]:
+def grow_ranked(logits: Tensor, head: DraftHead, tree: FixedTree, draws: Draws | None = None) -> tuple[Tensor, Tensor]:
     """(tokens, parents), [B, len(tree)]: every node of a depth takes its token from that depth's one list.
 
     logits: [B, K, Vd], one row per depth ahead.

@@ -228,9 +228,7 @@ class Trainer:
         from outpace.optim import FlashAdamW
 
         # float32 weights stay as they are (the module casts where it computes); the moments take two bytes, not eight
-        return FlashAdamW(
-            parameters, lr=recipe.lr, betas=recipe.betas, weight_decay=recipe.weight_decay, master="fp32"
-        )
+        return FlashAdamW(parameters, lr=recipe.lr, betas=recipe.betas, weight_decay=recipe.weight_decay, master="fp32")
 
     # The run -------------------------------------------------------------------------------------------------------
 

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
     from outpace.target import Target
 
+
 class Eagle(FollowingDrafter):
     """EAGLE-1: continue the target's top feature; a fixed tree.
 
@@ -41,9 +42,7 @@ class Eagle(FollowingDrafter):
         bias: bool = True,
         regression: float = 10.0,
     ) -> None:
-        super().__init__(
-            draft_len=draft_len, branches=branches, nodes=nodes, paths=paths, draw=draw, coupling=coupling
-        )
+        super().__init__(draft_len=draft_len, branches=branches, nodes=nodes, paths=paths, draw=draw, coupling=coupling)
         self.bias, self.regression = bias, regression
 
     def build(self, target: Target) -> EagleNet:

@@ -82,6 +82,7 @@ class Ptp(LearnedDrafter):
         rank: of the adapter, on every linear layer but the head. scale: its low-rank part is multiplied by this.
         temperature, top_k, top_p, min_p: the sampling under which numbers mean something; top_k 0, top_p 1 and min_p 0
             truncate nothing. Text decoded at other settings is the same as without a drafter, but fewer drafts hit.
+        any_temperature: slots are told the temperature, and learn from documents of any; `temperature` is then unused.
 
     Training only:
 
@@ -123,6 +124,7 @@ class Ptp(LearnedDrafter):
         top_k: int = 0,
         top_p: float = 1.0,
         min_p: float = 0.0,
+        any_temperature: bool = False,
         density: float = 1.0,
         beta: float = 1.0,
         inverse: bool = False,
@@ -142,6 +144,7 @@ class Ptp(LearnedDrafter):
         self.rank = rank
         self.scale = scale
         self.temperature, self.top_k, self.top_p, self.min_p = temperature, top_k, top_p, min_p
+        self.any_temperature = any_temperature
         self.density, self.beta, self.inverse = density, beta, inverse
         self.budget, self.min_gain = budget, min_gain
         self.branches = branches
@@ -214,7 +217,13 @@ class Ptp(LearnedDrafter):
         """Fresh weights: an adapter that changes nothing yet, and embeddings in the midst of the tokens'."""
         self.shape = find_mode(self.mode)
         module = PtpModule(
-            target, self.shape, slots=self.slots, encoding=self.encoding, rank=self.rank, scale=self.scale
+            target,
+            self.shape,
+            slots=self.slots,
+            encoding=self.encoding,
+            rank=self.rank,
+            scale=self.scale,
+            any_temperature=self.any_temperature,
         )
         return module.to(target.device)
 
@@ -228,6 +237,7 @@ class Ptp(LearnedDrafter):
             slots=recipe.depths,
             density=self.density,
             preset=self.preset,
+            any_temperature=self.any_temperature,
             beta=self.beta,
             inverse=self.inverse,
             loss=recipe.loss,
@@ -293,7 +303,8 @@ class Ptp(LearnedDrafter):
         positions, carried, sees = rows.scout_rows(root, ancestors, branch, slot, used, self.shape)
         self._plan = _Plan(ends, branch, slot, used, carried + self.shape.lead)
         numbers = self._numbers(requests, carried).to(target.device)
-        embeds = self.module.embedding(numbers)
+        heats = torch.tensor([r.sampler.settings.temperature for r in requests], device=target.device)
+        embeds = self.module.embed(numbers, heats)
         return Scouts(positions.to(target.device), sees.to(target.device), embeds=embeds, adapter=self.module.adapter)
 
     def observe(self, context: Context, walks: Sequence[Walk], read: Readout) -> None:
@@ -381,6 +392,8 @@ class Ptp(LearnedDrafter):
         names = ("temperature", "top_k", "top_p", "min_p")
         asked = {name: getattr(settings, name) for name in names}
         trained = {name: getattr(preset, name) for name in names}
+        if self.any_temperature:
+            trained["temperature"] = settings.temperature
         key = (*asked.values(), settings.noise)
         if key in self._warned or (not self.shape.reads and settings.noise == "uniform"):
             return

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from outpace.drafters.ptp.module import PtpModule
 
 PIECE: Final = 1 << 27  # logits held at once: 0.5 GB in float32, 1 GB while numbers are inferred in float64
+_COLD: Final = 1e-3  # temperature that stands for greedy in a law
 _SOME: Final = 128  # tokens per evaluated batch at which other temperatures are compared with the preset
 LOSSES: Final[dict[bool, tuple[LossKind, ...]]] = {False: ("hard",), True: ("soft", "kl", "reverse_kl", "hard")}
 
@@ -41,7 +42,8 @@ class Task:
 
     Attributes:
         slots: N. density: slots per token of the batch.
-        preset: the sampling under which numbers mean something.
+        preset: the sampling under which numbers mean something. any_temperature: each document's own temperature
+            stands in for the preset's.
         beta: a number lies in its token's interval as a Beta(beta, beta) variable; 1 is uniform.
         inverse: infer numbers under the drafter's own laws, without the teacher.
         loss: "hard" (the corpus's token), "soft" or "kl" (the teacher's law), "reverse_kl".
@@ -51,6 +53,7 @@ class Task:
     slots: int
     density: float
     preset: Settings
+    any_temperature: bool
     beta: float
     inverse: bool
     loss: LossKind
@@ -80,7 +83,7 @@ def objective(batch: Batch, module: PtpModule, mode: Mode, task: Task) -> Losses
     training = torch.is_grad_enabled()
     generator = None if training else torch.Generator(batch.tokens.device).manual_seed(0)
     reading = read(target, batch.tokens, batch.documents, batch.positions, task.kernel)
-    places = batch.answer & (batch.positions > 0)
+    places = _places(batch, task)
     count = max(1, round(task.density * length / task.slots))
     windows = Windows.sample(places, count, task.slots, mode, generator)
     if task.inverse:
@@ -90,10 +93,11 @@ def objective(batch: Batch, module: PtpModule, mode: Mode, task: Task) -> Losses
         counts &= places
         u = drawn.gather(1, windows.indices(0, length).flatten(1))
     alive = windows.lives(batch.documents, counts)
+    temperature = batch.temperature.gather(1, windows.starts)
     rows = run_behind(
         target,
         reading,
-        module.embedding(u),
+        module.embed(u.view(alive.shape), temperature).flatten(1, 2),
         windows.positions(batch.positions),
         windows.sees(batch.documents),
         module.adapter,
@@ -115,6 +119,7 @@ def objective(batch: Batch, module: PtpModule, mode: Mode, task: Task) -> Losses
         weights.flatten(),
         teacher,
         numbers,
+        temperature[..., None].expand(alive.shape).flatten(),
         _head(target),
         task,
     )
@@ -122,7 +127,7 @@ def objective(batch: Batch, module: PtpModule, mode: Mode, task: Task) -> Losses
     drafts = slice(mode.silent, None)
     guess = [part[:, :, drafts].flatten(0, 1) for part in (scores, hits.bool(), alive)]
     module.calibration.count(guess[0], guess[1], guess[2], keep=0.98 if training else 0.9)
-    if not training and not task.inverse:
+    if not training and not task.inverse and not task.any_temperature:
         some = torch.rand(places.shape, device=u.device, generator=generator).masked_fill(~places, -1.0)
         states = reading.hidden.flatten(0, 1)[some.flatten().topk(min(_SOME, some.numel())).indices - 1]
         module.agreement.count(_wide(_head(target)(states)), task.preset)
@@ -150,15 +155,18 @@ def teacher_numbers(
     The first token of a document has none.
     """
     hidden = reading.hidden[:, :-1].flatten(0, 1)
-    tokens = batch.tokens[:, 1:].flatten()
-    within = _places(tokens, task.beta, generator)
+    tokens, temperature = batch.tokens[:, 1:].flatten(), batch.temperature[:, 1:].flatten()
+    within = _within(tokens, task.beta, generator)
     numbers, valid = torch.empty_like(within), torch.empty_like(tokens, dtype=torch.bool)
     head = _head(batch.target)
     size = max(1, PIECE // batch.target.vocabulary)
     for start in range(0, tokens.shape[0], size):
         piece = slice(start, start + size)
-        law = warp(_wide(head(hidden[piece])), task.preset, wait=False)
+        law = laws(_wide(head(hidden[piece])), temperature[piece], task)
         numbers[piece], valid[piece] = infer_numbers(law, tokens[piece], within[piece])
+    if task.any_temperature:  # greedy tokens come from any number
+        greedy = temperature == 0
+        numbers, valid = torch.where(greedy, within, numbers), valid | greedy
     shape = batch.tokens[:, 1:].shape
     follows = batch.documents[:, 1:] == batch.documents[:, :-1]
     return (
@@ -167,11 +175,27 @@ def teacher_numbers(
     )
 
 
+def laws(scores: Tensor, temperature: Tensor, task: Task) -> Tensor:
+    """The laws tokens were, or are to be, drawn from: scores [n, V], temperature [n] of their documents -> [n, V]."""
+    if not task.any_temperature:
+        return warp(scores, task.preset, wait=False)
+    return warp(scores / temperature.clamp_min(_COLD)[:, None], task.preset.replace(temperature=1.0), wait=False)
+
+
+def _places(batch: Batch, task: Task) -> Tensor:
+    """[B, T] bool: tokens windows may start at: answers, sampled at the preset's temperature where any were."""
+    places = batch.answer & (batch.positions > 0)
+    if task.any_temperature:
+        return places
+    fitting = places & (batch.temperature == task.preset.temperature)
+    return torch.where(fitting.any(), fitting, places)
+
+
 def _wide(logits: Tensor) -> Tensor:
     return logits if logits.dtype == torch.float64 else logits.float()
 
 
-def _places(like: Tensor, beta: float, generator: torch.Generator | None) -> Tensor:
+def _within(like: Tensor, beta: float, generator: torch.Generator | None) -> Tensor:
     """Where in their intervals numbers lie: Beta(beta, beta), float64 in [0, 1)."""
     if beta == 1.0:
         return torch.rand(like.shape, dtype=torch.float64, device=like.device, generator=generator)
@@ -194,11 +218,12 @@ def _own_numbers(
     from the slot before, so that the windows run slot by slot.
     """
     target, length = batch.target, batch.tokens.shape[1]
-    head, embed = _head(target), module.embedding
+    head = _head(target)
+    temperature = batch.temperature.gather(1, windows.starts)
     spots = windows.indices(0, length)
     positions = windows.positions(batch.positions).view(spots.shape)
     sees = windows.sees_slot_by_slot(batch.documents)
-    within = _places(spots, task.beta, generator)
+    within = _within(spots, task.beta, generator)
     index = (windows.starts - 1)[..., None].expand(-1, -1, reading.hidden.shape[-1])
     hidden, grown = reading.hidden.gather(1, index), reading
     chosen = []
@@ -207,7 +232,8 @@ def _own_numbers(
         law = torch.softmax(_wide(head(hidden)), -1)
         u, _ = infer_numbers(law, tokens, within[:, :, j])
         chosen.append(u)
-        rows = run_behind(target, grown, embed(u), positions[:, :, j], sees, module.adapter, task.kernel)
+        embeds = module.embed(u[..., None], temperature).flatten(1, 2)
+        rows = run_behind(target, grown, embeds, positions[:, :, j], sees, module.adapter, task.kernel)
         hidden, grown = rows.hidden, grown.extended(rows)
     follows = F.pad(batch.documents[:, 1:] == batch.documents[:, :-1], (1, 0))
     return torch.stack(chosen, 2).flatten(1), batch.answer & follows
@@ -219,12 +245,14 @@ def _judge(
     weights: Tensor,
     teacher: Tensor | None,
     numbers: Tensor | None,
+    temperature: Tensor,
     head: Callable[[Tensor], Tensor],
     task: Task,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(weighted sum of losses with gradient, loss, hit and score of each of n rows), the head run in pieces.
 
-    hidden, teacher: [n, H]; tokens, numbers, weights: [n]. A hit: the guess of `rows.read_out` is the token.
+    hidden, teacher: [n, H]; tokens, numbers, weights, temperature: [n]. A hit: what `rows.read_out` guesses is the
+    token.
     """
 
     def one(piece: slice, states: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -235,7 +263,7 @@ def _judge(
             loss = -log_p.gather(1, token[:, None])[:, 0]
         else:
             with torch.no_grad():
-                q = warp(_wide(head(teacher[piece])), task.preset, wait=False)
+                q = laws(_wide(head(teacher[piece])), temperature[piece], task)
             if task.loss == "reverse_kl":
                 loss = (log_p.exp() * (log_p - q.clamp_min(1e-30).log())).sum(-1)
             else:

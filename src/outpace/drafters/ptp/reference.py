@@ -26,7 +26,7 @@ def draft_alone(
     scouts = Scouts(
         positions=(torch.arange(start, start + slots) + mode.lead - 1)[None],
         sees=torch.cat([sees_root, torch.ones(slots, slots, dtype=torch.bool).tril()], 1)[None],
-        embeds=drafter.module.embedding(numbers[None, start : start + slots]),
+        embeds=drafter.module.embed(numbers[None, start : start + slots], torch.tensor([sampler.settings.temperature])),
         adapter=drafter.module.adapter,
     )
     root = Block.chain([[tokens[-1]]], cache.lengths, target.device)
