@@ -75,15 +75,17 @@ def small_target(name="llama", dtype=torch.float32):
     return Target(small)
 
 
-def untrained(name, kind, **options):
-    """A learned drafter with random weights, up-projections and all: its drafts are garbage, and that must not show."""
-    drafter = make_drafter(kind)
-    drafter = type(drafter)(**options)
-    drafter.initialise(target(name), seed=1)
-    with torch.random.fork_rng():
-        torch.manual_seed(2)
+def learned(name, spec, *, shaken=False):
+    """A learned drafter with its initial weights: it guesses badly, and must not change a token.
+
+    shaken: every weight random, also those that start at zero (the up-projections of an adapter).
+    """
+    drafter = make_drafter(spec)
+    drafter.initialise(target(name), seed=3)
+    if shaken:
+        generator = torch.Generator().manual_seed(4)
         for parameter in drafter.module.parameters():
-            parameter.data.normal_(std=0.3)
+            parameter.data.normal_(std=0.3, generator=generator)
     return drafter
 
 
@@ -96,12 +98,23 @@ DRAFTERS = {
     "draft_model own": lambda name: DraftModel(model=small_target(name), draft_len=4, draw="own"),
     "layer_skip": lambda name: make_drafter("layer_skip:draft_len=3"),
     "lookahead": lambda name: make_drafter("lookahead"),
-    "ptp one-hot": lambda name: untrained(name, "ptp", rank=4, min_gain=0.0),
-    "ptp categorical": lambda name: untrained(name, "ptp", mode="categorical", rank=4, min_gain=0.0),
-    "ptp mask": lambda name: untrained(name, "ptp", mode="mask", rank=4, min_gain=0.0),
-    "ptp tree": lambda name: untrained(name, "ptp", rank=4, min_gain=0.0, branches=3, budget=24, adaptive=True),
+    "ptp one-hot": lambda name: learned(name, "ptp:rank=4,min_gain=0", shaken=True),
+    "ptp categorical": lambda name: learned(name, "ptp:mode=categorical,rank=4,min_gain=0", shaken=True),
+    "ptp mask": lambda name: learned(name, "ptp:mode=mask,rank=4,min_gain=0", shaken=True),
+    "ptp tree": lambda name: learned(
+        name, "ptp:rank=4,min_gain=0,branches=3,budget=24,adaptive=true,any_temperature=true", shaken=True
+    ),
+    "medusa": lambda name: learned(name, "medusa:heads=3,nodes=12,vocabulary=30"),
+    "mtp": lambda name: learned(name, "mtp:draft_len=3,branches=2,nodes=6,vocabulary=0"),
+    "mtp_heads": lambda name: learned(name, "mtp_heads:heads=2,nodes=6,vocabulary=30"),
+    "eagle": lambda name: learned(name, "eagle"),
+    "eagle2": lambda name: learned(name, "eagle2:draft_len=3,branches=3,nodes=8"),
+    "eagle3": lambda name: learned(name, "eagle3:draft_len=4,branches=3,nodes=10,vocabulary=30"),
+    "eagle3 chain": lambda name: learned(name, "eagle3:draft_len=4,branches=1,nodes=4,layers=2,vocabulary=0"),
     "merged": lambda name: make_drafter("prompt_lookup+suffix+lookahead"),
 }
+
+INSIDE = ("layer_skip", "mtp_heads", "eagle3")  # look between layers, so need a family of the table
 
 PROMPTS = [
     [5, 6, 7, 8, 9, 5, 6, 7],

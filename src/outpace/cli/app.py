@@ -9,11 +9,14 @@ from typer.core import TyperGroup
 
 from outpace import __version__
 from outpace.cli.check import check
+from outpace.cli.corpus import corpus
 from outpace.cli.demo import demo
 from outpace.cli.doctor import doctor
 from outpace.cli.generate import generate
+from outpace.cli.inspect import inspect
 from outpace.cli.options import FAILED, INTERRUPTED, WRONG_USAGE, wants_traceback
 from outpace.cli.render import complain
+from outpace.cli.train import train
 from outpace.errors import ConfigError, OutpaceError
 
 
@@ -63,3 +66,6 @@ app.command()(generate)
 app.command()(check)
 app.command()(doctor)
 app.command()(demo)
+app.command()(corpus)
+app.command()(train)
+app.command()(inspect)

@@ -21,12 +21,13 @@ OPEN, CLOSE = "«", "»"
 WIDTH: Final = 120  # of tables where there is no terminal to ask
 
 
-def console() -> Console:
-    """A console on the present stdout; colours only if that is a terminal."""
+def console(*, story: bool = False) -> Console:
+    """A console on the present stdout (`story`: stderr); colours only if that is a terminal."""
     from rich.console import Console
 
-    width = None if sys.stdout.isatty() else WIDTH
-    return Console(file=sys.stdout, width=width, highlight=False, markup=False, emoji=False, soft_wrap=True)
+    stream = sys.stderr if story else sys.stdout
+    width = None if stream.isatty() else WIDTH
+    return Console(file=stream, width=width, highlight=False, markup=False, emoji=False, soft_wrap=True)
 
 
 def tell(message: str) -> None:

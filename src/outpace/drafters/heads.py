@@ -55,7 +55,7 @@ class DraftHead(nn.Module):
             self.register_buffer("weight", rows, persistent=False)
         self.register_buffer("_teacher", None if kind == "target" else rows, persistent=False)
         self.register_buffer("index", self._index(), persistent=False)
-        self.register_load_state_dict_post_hook(lambda module, _: module._refresh())
+        self.register_load_state_dict_post_hook(lambda module, _: module._refresh())  # type: ignore[no-untyped-call]
 
     @property
     def size(self) -> int:
@@ -79,7 +79,8 @@ class DraftHead(nn.Module):
     @property
     def teacher_full(self) -> Tensor:
         """[V, H]: the target's whole head, frozen."""
-        return self._full[0].detach()
+        full: Tensor = self._full[0].detach()
+        return full
 
     def forward(self, hidden: Tensor) -> Tensor:
         """[..., H] -> [..., size]."""

@@ -82,7 +82,7 @@ class Rotary(nn.Module):
         self.register_buffer("frequencies", found.detach().float().to(target.device).clone(), persistent=False)
 
     def forward(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """positions [B, R] -> (cos, sin), each [B, R, 1, head size] float32."""
+        """Positions [B, R] -> (cos, sin), each [B, R, 1, head size] float32."""
         angles = positions[..., None].float() * self.frequencies.float()
         angles = torch.cat([angles, angles], -1)[:, :, None]
         return angles.cos(), angles.sin()
@@ -144,7 +144,7 @@ class Block(nn.Module):
     def forward(
         self, x: Tensor, cos: Tensor, sin: Tensor, layer: int, attend: Attend, *, residual: Tensor | None = None
     ) -> Tensor:
-        """x [B, R, width]; residual [B, R, H] where it differs from x. Returns [B, R, H]."""
+        """X [B, R, width]; residual [B, R, H] where it differs from x. Returns [B, R, H]."""
         residual = x if residual is None else residual
         x = self.input_layernorm(x) if self.input_layernorm is not None else x
         x = residual + self.self_attn(x, cos, sin, layer, attend)

@@ -48,14 +48,15 @@ def row_losses(kind: LossKind, logits: Tensor, p: Tensor | None, label: Tensor) 
     both are sampled: total_variation: 1 - a; overlap: -log a (LK loss); hybrid: lambda * kl + (1 - lambda) * (1 - a)
     with lambda = exp(-3 a), a held fixed in lambda.
     """
-    logq = F.log_softmax(logits.float(), -1)
+    logq: Tensor = F.log_softmax(logits.float(), -1)
     if kind == "hard":
-        return F.nll_loss(logq, label.clamp_min(0), reduction="none") * (label >= 0)
+        picked: Tensor = F.nll_loss(logq, label.clamp_min(0), reduction="none") * (label >= 0)
+        return picked
     assert p is not None  # every other loss has a teacher
     if kind == "soft":
         return -(p * logq).sum(-1)
     if kind == "kl":
-        return (torch.special.xlogy(p, p) - p * logq).sum(-1)
+        return _divergence(p, logq)
     q = logq.exp()
     if kind == "reverse_kl":
         return (q * (logq - p.clamp_min(1e-9).log())).sum(-1)
@@ -64,10 +65,14 @@ def row_losses(kind: LossKind, logits: Tensor, p: Tensor | None, label: Tensor) 
         return 1 - overlap
     if kind == "overlap":
         return -overlap.clamp_min(1e-9).log()
-    part = torch.exp(-_ETA * overlap.detach())
-    kept = p / p.sum(-1, keepdim=True)
-    divergence = (torch.special.xlogy(kept, kept) - kept * logq).sum(-1)
-    return part * divergence + (1 - part) * (1 - overlap)
+    share = torch.exp(-_ETA * overlap.detach())
+    return share * _divergence(p / p.sum(-1, keepdim=True), logq) + (1 - share) * (1 - overlap)
+
+
+def _divergence(p: Tensor, logq: Tensor) -> Tensor:
+    """KL(p || q) of each row."""
+    found: Tensor = (torch.special.xlogy(p, p) - p * logq).sum(-1)
+    return found
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +88,7 @@ class Teacher:
     rows: Tensor
 
     def law(self, kind: LossKind, head: DraftHead, chunk: slice) -> Tensor | None:
-        """p of `row_losses` for some rows."""
+        """P of `row_losses` for some rows."""
         if kind == "hard":
             return None
         states = self.states[self.rows[chunk]]

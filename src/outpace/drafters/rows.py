@@ -57,7 +57,7 @@ class RowNet(nn.Module):
 
     @abstractmethod
     def forward(self, embedded: Tensor, feature: Tensor, cos: Tensor, sin: Tensor, attend: Attend) -> Tensor:
-        """embedded [B, R, H_target], feature [B, R, H], angles of `rotary` -> y [B, R, H]."""
+        """Embedded [B, R, H_target], feature [B, R, H], angles of `rotary` -> y [B, R, H]."""
 
     @abstractmethod
     def readout(self, y: Tensor) -> Tensor:

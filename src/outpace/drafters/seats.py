@@ -6,18 +6,28 @@ own; `order(context)` says where each request of a context sits.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 from outpace.drafters.base import Context, RequestContext
 
-if TYPE_CHECKING:
-    from outpace.target import BlockCache
+
+class Slots(Protocol):
+    """What a cache must do for its slots to be seats."""
+
+    def move(self, source: int, target: int) -> None:
+        """Let slot `target` hold what slot `source` holds."""
+
+    def truncate(self, slot: int, length: int) -> None:
+        """Keep the first `length` entries of a slot."""
+
+    def reserve(self, *, slots: int = 0) -> None:
+        """Grow to at least that many slots."""
 
 
 class Seats:
     """Who sits in which slot of a cache."""
 
-    def __init__(self, cache: BlockCache) -> None:
+    def __init__(self, cache: Slots) -> None:
         self.cache = cache
         self.requests: list[RequestContext] = []
 

@@ -13,6 +13,7 @@ formula yields the gradients of its part of the merged softmax, and those of the
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -147,7 +148,9 @@ def _spread(x: Tensor, q: Tensor) -> Tensor:
 
 def _gather(x: Tensor, like: Tensor) -> Tensor:
     """Sum a gradient [N, heads, D] over the query heads of each group."""
-    return x.unflatten(1, (like.shape[1], -1)).sum(2).to(like.dtype)
+    rows, _, size = x.shape
+    summed: Tensor = x.reshape(rows, like.shape[1], -1, size).sum(2).to(like.dtype)
+    return summed
 
 
 def _causal_forward(
@@ -215,4 +218,4 @@ def _heads_first(x: Tensor, q: Tensor) -> Tensor:
 def _pairs(bounds: Tensor) -> list[tuple[int, int]]:
     """Spans of documents, on the host."""
     cuts = bounds.tolist()
-    return [(a, b) for a, b in zip(cuts, cuts[1:], strict=False) if b > a]
+    return [(a, b) for a, b in itertools.pairwise(cuts) if b > a]

@@ -68,7 +68,9 @@ class CorpusSettings:
 
     def sampling(self, temperature: float, request: int) -> Settings:
         """Settings of one answer (truncation has no effect on a greedy one)."""
-        cut = {} if temperature == 0 else {"top_k": self.top_k, "top_p": self.top_p, "min_p": self.min_p}
+        cut: dict[str, Any] = (
+            {} if temperature == 0 else {"top_k": self.top_k, "top_p": self.top_p, "min_p": self.min_p}
+        )
         return Settings(
             max_new_tokens=self.max_new_tokens, temperature=temperature, seed=self.seed, request=request, **cut
         )

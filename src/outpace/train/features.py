@@ -6,6 +6,7 @@ Nothing is written to disk unless a `Ring` of bounded size is given.
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections import OrderedDict
 from collections.abc import Collection
@@ -29,7 +30,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from outpace.drafters.learning import Batch
-    from outpace.target import Target
 
 NAME: Final = "outpace_packed"
 
@@ -116,27 +116,26 @@ def packed_attention(
             scale=scale, **left,
         )[0]  # fmt: skip
     else:
-        out = torch.cat([_one(*(x[a:b] for x in flat), scale, window) for a, b in _spans(batch)])
+        q, k, v = flat
+        out = torch.cat([_one(q[a:b], k[a:b], v[a:b], scale, window) for a, b in _spans(batch)])
     return out.view(query.shape[0], query.shape[2], query.shape[1], value.shape[-1]), None
 
 
 def _one(q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None) -> Tensor:
     """Attention of one document: [n, heads, D]."""
-    heads_first = [x.transpose(0, 1)[None] for x in (q, k, v)]
+    q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
     mask = None
-    if window is not None and q.shape[0] > window:
-        order = torch.arange(q.shape[0], device=q.device)
+    if window is not None and q.shape[2] > window:
+        order = torch.arange(q.shape[2], device=q.device)
         gap = order[:, None] - order
         mask = (gap >= 0) & (gap < window)
-    out = F.scaled_dot_product_attention(
-        *heads_first, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=True
-    )
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=True)
     return out[0].transpose(0, 1)
 
 
 def _spans(batch: Batch) -> list[tuple[int, int]]:
     cuts = batch.bounds.tolist()
-    return [(a, b) for a, b in zip(cuts, cuts[1:], strict=False) if b > a]
+    return [(a, b) for a, b in itertools.pairwise(cuts) if b > a]
 
 
 def _by_forward(batch: Batch, wanted: Collection[str]) -> dict[str, Tensor]:
@@ -215,10 +214,11 @@ class Ring:
         if name not in self._sizes:
             return None
         try:
-            return load_file(self.folder / name, device=str(device))
+            found: dict[str, Tensor] = load_file(self.folder / name, device=str(device))
         except (OSError, SafetensorError):
             self._sizes.pop(name)
             return None
+        return found
 
     def put(self, key: str, taps: dict[str, Tensor]) -> None:
         """Keep states, forgetting the oldest ones beyond the limit."""

@@ -115,7 +115,7 @@ class Clocked:
     def mark(self) -> None:
         """Now."""
         if self.device.type == "cuda":
-            event = torch.cuda.Event(enable_timing=True)
+            event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
             event.record()
             self.marks.append(event)
         else:

@@ -8,6 +8,7 @@ length and seed, so that a run that was stopped continues on the same rows.
 from __future__ import annotations
 
 import bisect
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -16,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from outpace.drafters.learning import Batch
+from outpace.drafters.learning import Batch, Origin
 from outpace.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -141,7 +142,7 @@ def assemble(
         if at < length:
             positions[b, at:] = np.arange(length - at)
             bounds.append((b + 1) * length)
-    longest = max(b - a for a, b in zip(bounds, bounds[1:], strict=False))
+    longest = max(b - a for a, b in itertools.pairwise(bounds))
     slots = {s: np.flatnonzero((answer & (positions >= s)).reshape(-1)) - s for s in shifts}
     device = target.device
 
@@ -161,7 +162,7 @@ def assemble(
         longest=longest,
         answers=float(answer.sum()) if answers is None else answers,
         slots={s: send(index) for s, index in slots.items()},
-        **({"origin": origin_of.origin} if origin_of is not None else {}),
+        origin=Origin() if origin_of is None else origin_of.origin,
     )
 
 

@@ -84,7 +84,8 @@ class Ranks:
         if parallel == "fsdp":
             from torch.distributed.fsdp import fully_shard
 
-            return fully_shard(module)
+            fully_shard(module)
+            return module
         return nn.parallel.DistributedDataParallel(module, broadcast_buffers=False)
 
     @contextmanager

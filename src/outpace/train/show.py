@@ -89,7 +89,7 @@ def _tracker(tracker: Tracker, folder: Path, name: str) -> Any:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError as error:
             raise MissingExtraError("tensorboard", "train", "--track tensorboard") from error
-        writer: Any = SummaryWriter(folder / "tensorboard")  # type: ignore[no-untyped-call]
+        writer: Any = SummaryWriter(folder / "tensorboard")
 
         def write(point: Mapping[str, Any]) -> None:
             for key, value in _flat(point).items():

@@ -23,7 +23,7 @@ class Eagle(FollowingDrafter):
 
     Args:
         draft_len, branches, nodes, paths, draw, coupling: see `FollowingDrafter`; `paths` is the fixed tree.
-        bias: the input map has a bias. regression: weight of the feature loss against the token loss (10: as published).
+        bias: the input map has a bias. regression: weight of the feature loss against the token loss (published: 10).
     """
 
     name: ClassVar[str] = "eagle"

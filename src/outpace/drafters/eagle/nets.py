@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from outpace.drafters.heads import DraftHead, HeadKind
-from outpace.drafters.layers import Attention, Block, MLP, RMSNorm, Rotary, Shape, copy_norm, initialise
+from outpace.drafters.layers import MLP, Attention, Block, RMSNorm, Rotary, Shape, copy_norm, initialise
 from outpace.drafters.rows import RowNet
 
 if TYPE_CHECKING:

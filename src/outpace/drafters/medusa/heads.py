@@ -3,7 +3,7 @@
     logits_k = U_k r_L( .. r_1(h_t)),   r(x) = x + silu(W x + b)
 
 W and b start at zero and U_k at the target's head, so that every head starts as the target's own (the public code
-leaves b random, and it does not). U_k is the target's head for all by default: then only the residual blocks are stored.
+leaves b random, and it does not). By default U_k is the target's head for all: only the residual blocks are stored.
 """
 
 from __future__ import annotations
