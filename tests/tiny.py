@@ -75,10 +75,17 @@ def small_target(name="llama", dtype=torch.float32):
     return Target(small)
 
 
-def learned(name, spec):
-    """A learned drafter with its initial weights: it guesses badly, and must not change a token."""
+def learned(name, spec, *, shaken=False):
+    """A learned drafter with its initial weights: it guesses badly, and must not change a token.
+
+    shaken: every weight random, also those that start at zero (the up-projections of an adapter).
+    """
     drafter = make_drafter(spec)
     drafter.initialise(target(name), seed=3)
+    if shaken:
+        generator = torch.Generator().manual_seed(4)
+        for parameter in drafter.module.parameters():
+            parameter.data.normal_(std=0.3, generator=generator)
     return drafter
 
 
@@ -91,6 +98,12 @@ DRAFTERS = {
     "draft_model own": lambda name: DraftModel(model=small_target(name), draft_len=4, draw="own"),
     "layer_skip": lambda name: make_drafter("layer_skip:draft_len=3"),
     "lookahead": lambda name: make_drafter("lookahead"),
+    "ptp one-hot": lambda name: learned(name, "ptp:rank=4,min_gain=0", shaken=True),
+    "ptp categorical": lambda name: learned(name, "ptp:mode=categorical,rank=4,min_gain=0", shaken=True),
+    "ptp mask": lambda name: learned(name, "ptp:mode=mask,rank=4,min_gain=0", shaken=True),
+    "ptp tree": lambda name: learned(
+        name, "ptp:rank=4,min_gain=0,branches=3,budget=24,adaptive=true,any_temperature=true", shaken=True
+    ),
     "medusa": lambda name: learned(name, "medusa:heads=3,nodes=12,vocabulary=30"),
     "mtp": lambda name: learned(name, "mtp:draft_len=3,branches=2,nodes=6,vocabulary=0"),
     "mtp_heads": lambda name: learned(name, "mtp_heads:heads=2,nodes=6,vocabulary=30"),

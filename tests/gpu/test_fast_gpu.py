@@ -79,10 +79,11 @@ def test_scouts_give_the_modules_logits_and_leave_main_rows_alone(small, gated):
     sees[:, :, 0] = True
     sees[:, :, rows:] = torch.ones(count, count, dtype=torch.bool, device="cuda").tril()
     positions = block.positions[:, :1] + 1 + torch.arange(count, device="cuda")
-    scouts = Scouts(positions, sees, embeds=torch.randn(2, count, small.hidden_size, device="cuda"), gated=gated)
     adapter = GatedLoRA.for_layers(small.model, ("q_proj", "qkv_proj", "down_proj", "o_proj", "up_proj"), 4).cuda()
     for up in adapter.up.values():
         torch.nn.init.normal_(up, std=0.5)
+    embeds = torch.randn(2, count, small.hidden_size, device="cuda")
+    scouts = Scouts(positions, sees, embeds=embeds, adapter=adapter if gated else None)
     plain = small.run(block, cache).logits
     cache.drop()
     with small.adapted(adapter) if gated else nullcontext():

@@ -109,11 +109,11 @@ def test_scouts_change_nothing_for_main_rows(target, source):
     alone = target.run(block_of(target, cache), cache).logits
     cache.drop()
     if source == "tokens":
-        scouts = scouts_of(target, cache, tokens=torch.tensor([[5, 6]]), gated=False)
+        scouts = scouts_of(target, cache, tokens=torch.tensor([[5, 6]]))
     elif source == "embeds":
-        scouts = scouts_of(target, cache, embeds=target.embed(torch.tensor([[5, 6]])), gated=False)
+        scouts = scouts_of(target, cache, embeds=target.embed(torch.tensor([[5, 6]])))
     else:
-        scouts = scouts_of(target, cache, build=lambda hidden: hidden[:, :2] * 0.5, enter=2, gated=False)
+        scouts = scouts_of(target, cache, build=lambda hidden: hidden[:, :2] * 0.5, enter=2)
     read = target.run(block_of(target, cache, scouts), cache)
     torch.testing.assert_close(read.logits, alone, atol=1e-12, rtol=0)
     assert read.scout_logits.shape == (1, 2, target.vocabulary)
@@ -125,7 +125,7 @@ def test_scouts_change_nothing_for_main_rows(target, source):
 def test_token_scouts_are_rows_like_any_other(target):
     """A scout that stands where a chain's next token would stand gives that token's logits."""
     cache = prefilled(target)
-    scouts = scouts_of(target, cache, tokens=torch.tensor([[5, 6]]), gated=False)
+    scouts = scouts_of(target, cache, tokens=torch.tensor([[5, 6]]))
     read = target.run(block_of(target, cache, scouts), cache)
     for count, row in ((1, 0), (2, 1)):
         plain = target.model(torch.tensor([[*PROMPT, 9, *[5, 6][:count]]]), use_cache=False).logits[0, -1]
@@ -136,14 +136,17 @@ def test_token_scouts_are_rows_like_any_other(target):
 def test_an_adapter_touches_gated_rows_only(target):
     adapter = GatedLoRA.for_layers(target.model, ("q_proj", "qkv_proj", "down_proj"), rank=2).double()
     cache = prefilled(target)
-    scouts = scouts_of(target, cache, tokens=torch.tensor([[5, 6]]))
+    other = GatedLoRA.for_all_layers(target.model, rank=3).double()
+    for parameter in other.parameters():
+        parameter.data.normal_()
+    scouts = scouts_of(target, cache, tokens=torch.tensor([[5, 6]]), adapter=adapter)
     block = block_of(target, cache, scouts)
     base = target.run(block, cache)
     cache.drop()
-    with target.adapted(adapter):
+    with target.adapted(adapter), target.adapted(other):
         fresh = target.run(block, cache)
         cache.drop()
-        assert torch.equal(fresh.scout_logits, base.scout_logits), "a fresh adapter adds zero"
+        assert torch.equal(fresh.scout_logits, base.scout_logits), "a fresh adapter adds zero, another one nothing"
         for parameter in adapter.parameters():
             parameter.data.normal_()
         trained = target.run(block, cache)
@@ -167,7 +170,7 @@ def test_adapter_and_taps_let_gradients_through():
     adapter = GatedLoRA.for_layers(target.model, ("q_proj",), rank=2).double()
     cache = target.new_cache()
     sees = torch.tensor([[[True, True, False, True]]])
-    scouts = Scouts(torch.tensor([[2]]), sees, tokens=torch.tensor([[5]]))
+    scouts = Scouts(torch.tensor([[2]]), sees, tokens=torch.tensor([[5]]), adapter=adapter)
     block = Block(torch.tensor([[1, 2, 3]]), torch.tensor([[0, 1, 2]]), None, scouts)
     with target.adapted(adapter):
         target.run(block, cache).scout_logits.sum().backward()

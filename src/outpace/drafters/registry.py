@@ -21,6 +21,7 @@ DRAFTERS: Final[dict[str, str]] = {
     "draft_model": "outpace.drafters.draft_model:DraftModel",
     "layer_skip": "outpace.drafters.layer_skip:LayerSkip",
     "lookahead": "outpace.drafters.lookahead:Lookahead",
+    "ptp": "outpace.drafters.ptp:Ptp",
     "medusa": "outpace.drafters.medusa:Medusa",
     "mtp": "outpace.drafters.mtp:MTP",
     "mtp_heads": "outpace.drafters.mtp:MTPHeads",

@@ -4,12 +4,13 @@ Imports torch and nothing else. Knows no models, caches or text (beyond a `decod
 """
 
 from outpace.laws.dice import Dice, Key, NoiseDice, draw
+from outpace.laws.inverse import infer_numbers, intervals
 from outpace.laws.noise import Noise, Stream
 from outpace.laws.rules import GUARANTEES, RULES, Guarantee, Rule, RuleName, Walk, find_rule
 from outpace.laws.settings import Processor, Settings, check_names
 from outpace.laws.stopping import Decode, IncrementalText, Stopping, StopReason, Verdict
 from outpace.laws.tree import Draft, DraftKind, Tree
-from outpace.laws.warp import Sampler
+from outpace.laws.warp import Sampler, warp
 
 __all__ = [
     "GUARANTEES",
@@ -37,4 +38,7 @@ __all__ = [
     "check_names",
     "draw",
     "find_rule",
+    "infer_numbers",
+    "intervals",
+    "warp",
 ]

@@ -1,4 +1,4 @@
-"""From logits to the law a token is drawn from: every processor and warper, in one place, one row at a time.
+"""From logits to the law a token is drawn from: every processor and warper, in one place.
 
 Knows no trees and no drafters. The law at a node is whatever plain decoding would sample from at that exact prefix,
 and the walk asks for it one node after the other, with the node's own prefix; so each processor, penalty and custom
@@ -73,14 +73,14 @@ class Sampler:
         scores = self.scores(logits, prefix)
         if self.greedy:
             return torch.nn.functional.one_hot(_argmax(scores), scores.shape[0]).to(scores.dtype)
-        return _warp(scores, self.settings)
+        return warp(scores, self.settings)
 
     def draft_law(self, logits: Tensor, prefix: Sequence[int]) -> Tensor:
         """The same warping for a drafter's own logits, less the user's processors (they may keep state)."""
         scores = self.scores(logits, prefix, custom=False)
         if self.greedy:
             return torch.nn.functional.one_hot(_argmax(scores), scores.shape[0]).to(scores.dtype)
-        return _warp(scores, self.settings)
+        return warp(scores, self.settings)
 
     def choose(self, logits: Tensor, prefix: Sequence[int]) -> int:
         """The token of the path after `prefix`: arg-max, or the draw with that position's own number."""
@@ -124,24 +124,34 @@ def _argmax(scores: Tensor) -> Tensor:
     return torch.argmax(scores)
 
 
-def _warp(scores: Tensor, settings: Settings) -> Tensor:
-    """Temperature, top-k, top-p, min-p, then softmax: [V] -> [V]."""
+def warp(scores: Tensor, settings: Settings, *, wait: bool = True) -> Tensor:
+    """Temperature, top-k, top-p, min-p, then softmax, each row by itself: [..., V] -> [..., V], rows sum to one.
+
+    scores: logits in float32 or float64, after every history-dependent processor. Greedy settings have no softmax;
+    they are the caller's (`Sampler.law`). wait: look at values where that saves work or finds an error; False keeps
+    the device's queue running, sorts whole rows for top-p, and leaves rows without a law NaN.
+
+    Raises:
+        LawError: if a row gives no law.
+    """
     if settings.temperature != 1.0:
         scores = scores / settings.temperature
-    if settings.top_k is not None and settings.top_k < scores.shape[0]:
-        kth = torch.topk(scores, settings.top_k).values[-1]
+    if settings.top_k is not None and settings.top_k < scores.shape[-1]:
+        kth = torch.topk(scores, settings.top_k).values[..., -1:]
         scores = scores.masked_fill(scores < kth, float("-inf"))
-    p = torch.softmax(scores, 0)
+    p = torch.softmax(scores, -1)
     truncated = False
     if settings.top_p is not None and settings.top_p < 1.0:
-        p = _keep_mass(p, settings.top_p)
+        p = _keep_mass(p.reshape(-1, p.shape[-1]), settings.top_p, wait).reshape(p.shape)
         truncated = True
     if settings.min_p:
-        p = torch.where(p < settings.min_p * p.max(), torch.zeros_like(p), p)
+        p = torch.where(p < settings.min_p * p.amax(-1, keepdim=True), torch.zeros_like(p), p)
         truncated = True
     if truncated:
-        p = p / p.sum()
-    if not bool(torch.isfinite(p[0])):  # softmax of a row with NaN, or of all -inf, is NaN everywhere
+        p = p / p.sum(-1, keepdim=True)
+    if wait and not bool(
+        torch.isfinite(p[..., 0]).all()
+    ):  # softmax of a row with NaN, or of all -inf, is NaN everywhere
         raise LawError(
             "the target's logits give no law (all tokens forbidden, or NaN); check logits processors, logit_bias and "
             "the model's dtype"
@@ -149,20 +159,22 @@ def _warp(scores: Tensor, settings: Settings) -> Tensor:
     return p
 
 
-def _keep_mass(p: Tensor, mass: float) -> Tensor:
-    """Zero all but the smallest set of most likely tokens holding at least `mass`; lower ids first among equals.
+def _keep_mass(p: Tensor, mass: float, wait: bool) -> Tensor:
+    """Zero all but the smallest set of most likely tokens of each row [N, V] holding at least `mass`.
 
-    The set is found from sorted values alone, so it does not depend on how a sort orders ties (bf16 logits tie often).
+    Lower ids first among equals. The set is found from sorted values alone, so it does not depend on how a sort orders
+    ties (bf16 logits tie often).
     """
-    size = p.shape[0]
-    values = torch.topk(p, min(_HEAD, size)).values
-    cumulated = torch.cumsum(values, 0, dtype=torch.float64)
-    if float(cumulated[-1]) < mass and values.shape[0] < size:
+    size = p.shape[-1]
+    values = torch.topk(p, min(_HEAD if wait else size, size)).values
+    cumulated = torch.cumsum(values, -1, dtype=torch.float64)
+    if values.shape[-1] < size and bool((cumulated[:, -1] < mass).any()):
         values = torch.sort(p, descending=True).values
-        cumulated = torch.cumsum(values, 0, dtype=torch.float64)
-    last = min(int(torch.searchsorted(cumulated, mass)), values.shape[0] - 1)
-    threshold = values[last]
+        cumulated = torch.cumsum(values, -1, dtype=torch.float64)
+    last = (cumulated < mass).sum(-1, keepdim=True).clamp_max_(values.shape[-1] - 1)
+    threshold = values.gather(1, last)
     keep = p > threshold
-    ties = torch.nonzero(p == threshold)[:, 0]
-    keep[ties[: last + 1 - int(keep.sum())]] = True
+    ties = p == threshold
+    wanted = last + 1 - keep.sum(-1, keepdim=True)
+    keep |= ties & (torch.cumsum(ties, -1, dtype=torch.int32) <= wanted)
     return torch.where(keep, p, torch.zeros_like(p))

@@ -1,6 +1,7 @@
 """The target: a Hugging Face causal language model that can run a block of rows behind a ragged cache."""
 
 from outpace.target.adapters import GatedLoRA
+from outpace.target.behind import Kernel, Reading, Sees, read, run_behind
 from outpace.target.block import Block, Readout, Scouts
 from outpace.target.cache import STRICT_ALIGN, BlockCache, CacheIntegrityError
 from outpace.target.families import FAMILIES, Family
@@ -15,10 +16,15 @@ __all__ = [
     "CacheIntegrityError",
     "Family",
     "GatedLoRA",
+    "Kernel",
     "Passing",
     "PathName",
+    "Reading",
     "Readout",
     "Scouts",
+    "Sees",
     "Target",
     "Tokenizer",
+    "read",
+    "run_behind",
 ]

@@ -1,18 +1,20 @@
-"""Row-gated low-rank adapters: LoRA that applies to some rows of a pass and leaves the others bit for bit alone.
+"""Row-gated low-rank adapters: LoRA that applies to the last rows of a pass and leaves the others bit for bit alone.
 
-The base layer computes every row; the low-rank tail is added to the gated rows only, by index, so that a row outside
-the gate is the base model's, not the base model's plus zero times something.
+The base layer computes every row; the low-rank part is added to the scouts, which stand behind the main rows, through a
+static slice: a row before it is the base model's, not the base model's plus zero times something, and nothing is
+copied or waited for.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
-from outpace.errors import CheckpointError
+from outpace.errors import CheckpointError, UnsupportedError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -60,11 +62,24 @@ class GatedLoRA(nn.Module):
             raise CheckpointError(f"no linear layer of {type(model).__name__} is named like {', '.join(suffixes)}")
         return cls(shapes, rank, alpha)
 
-    def tail(self, name: str, rows: Tensor) -> Tensor:
-        """The low-rank addition for some rows: [..., in] -> [..., out]."""
-        down, up = self.down[_key(name)], self.up[_key(name)]
-        added: Tensor = (rows.to(down.dtype) @ down.T @ up.T * self.scale).to(rows.dtype)
-        return added
+    @classmethod
+    def for_all_layers(cls, model: nn.Module, rank: int, alpha: float | None = None) -> GatedLoRA:
+        """Tails for every linear layer of a causal language model but its head."""
+        head = model.get_output_embeddings()  # type: ignore[operator]
+        names = tuple(n for n, m in model.named_modules() if isinstance(m, nn.Linear) and m is not head)
+        return cls.for_layers(model, names, rank, alpha)
+
+    def add(self, name: str, rows: Tensor, output: Tensor, start: int) -> Tensor:
+        """Add the low-rank part of layer `name` to output rows `start` and later.
+
+        rows: [B, N, in], what the layer read; output: [B, N, out], what it made of it, overwritten unless start is 0.
+        """
+        down, up = self.down[_key(name)].to(rows.dtype), self.up[_key(name)].to(rows.dtype)
+        low = rows[:, start:] @ down.T @ up.T
+        if start == 0:
+            return torch.add(output, low, alpha=self.scale)
+        output[:, start:].add_(low, alpha=self.scale)
+        return output
 
 
 def _key(name: str) -> str:
@@ -72,11 +87,21 @@ def _key(name: str) -> str:
 
 
 class Gate:
-    """The adapter that is attached, and the rows of the pass in flight to which it applies: [B, rows] bool, or None."""
+    """Which adapter applies in the pass in flight, if any, and from which row on."""
 
     def __init__(self) -> None:
-        self.rows: Tensor | None = None
         self.adapter: GatedLoRA | None = None
+        self.start = 0
+
+    @contextmanager
+    def open(self, adapter: GatedLoRA | None, start: int) -> Iterator[None]:
+        """Inside the block, `adapter` applies to rows `start` and later, and no other adapter to any."""
+        before = self.adapter, self.start
+        self.adapter, self.start = adapter, start
+        try:
+            yield
+        finally:
+            self.adapter, self.start = before
 
 
 def attach(model: nn.Module, adapter: GatedLoRA, gate: Gate) -> list[Any]:
@@ -97,13 +122,14 @@ def attach(model: nn.Module, adapter: GatedLoRA, gate: Gate) -> list[Any]:
             raise CheckpointError(f"adapter expects a linear layer {name!r} of shape {wanted}, found {found}")
 
         def hook(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor, name: str = name) -> Tensor:
-            rows = gate.rows
-            if rows is None:
+            if gate.adapter is not adapter:
                 return output
-            rows = rows[:, : output.shape[1]]
-            output = output.clone()
-            output[rows] = output[rows] + adapter.tail(name, inputs[0][rows])
-            return output
+            if output.dim() != 3:
+                raise UnsupportedError(
+                    f"layer {name!r} works on {output.dim()} dimensions, not on [batch, rows, features]: an adapter "
+                    "cannot tell its rows apart. Leave that layer out of the adapter"
+                )
+            return adapter.add(name, inputs[0], output, gate.start) if gate.start < output.shape[1] else output
 
         handles.append(module.register_forward_hook(hook))
     return handles

@@ -67,10 +67,10 @@ def tile(mask: Tensor, groups: int) -> Tensor:
 
 
 @contextmanager
-def use_grouped_attention(config: Any) -> Iterator[None]:
-    """Let the model whose config this is attend through `grouped_attention` inside the block."""
+def use_attention(config: Any, name: str = NAME) -> Iterator[None]:
+    """Let the model whose config this is attend through one of our functions inside the block."""
     before = config._attn_implementation_internal
-    config._attn_implementation_internal = NAME
+    config._attn_implementation_internal = name
     try:
         yield
     finally:
@@ -78,7 +78,10 @@ def use_grouped_attention(config: Any) -> Iterator[None]:
 
 
 def register() -> None:
-    """Make the function known to transformers (idempotent)."""
+    """Make our functions known to transformers (idempotent)."""
     from transformers import AttentionInterface
 
+    from outpace.target import behind
+
     AttentionInterface.register(NAME, grouped_attention)
+    AttentionInterface.register(behind.FLEX, behind.flex_attention)

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from outpace.laws import Tree
+    from outpace.target.adapters import GatedLoRA
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,7 +31,7 @@ class Scouts:
             sees the whole cache.
         tokens: [B, S] int64, or None when `embeds` or `build` provide the rows.
         embeds: [B, S, H] input embeddings instead of tokens.
-        gated: whether the attached adapter applies to these rows.
+        adapter: the attached adapter that applies to these rows, or None.
         enter: layer before which the rows join the pass; 0 is the embedding.
         build: for enter > 0: main hidden states at that layer [B, R, H] -> scouts' hidden states [B, S, H].
         logits: whether their logits are wanted.
@@ -40,7 +41,7 @@ class Scouts:
     sees: Tensor
     tokens: Tensor | None = None
     embeds: Tensor | None = None
-    gated: bool = True
+    adapter: GatedLoRA | None = None
     enter: int = 0
     build: Callable[[Tensor], Tensor] | None = None
     logits: bool = True

@@ -52,6 +52,7 @@ class BlockCache(Cache):  # type: ignore[misc]  # transformers ships no types
         self.capacity = _rounded(capacity)
         self._keys: list[Tensor | None] = [None] * layers
         self._values: list[Tensor | None] = [None] * layers
+        self._whole: Tensor | None = None
         self._first = 0
         self._count = 0
         self._rows = 0
@@ -90,7 +91,12 @@ class BlockCache(Cache):  # type: ignore[misc]  # transformers ships no types
         capacity = max(_rounded(capacity), self.capacity)
         if slots == self.slots and capacity == self.capacity:
             return
-        for tensors in (self._keys, self._values):
+        if self._whole is not None:
+            layers, old_slots, heads, entries, size = self._whole.shape
+            grown = self._whole.new_zeros(layers, slots, heads, capacity, size)
+            grown[:, :old_slots, :, :entries] = self._whole
+            self._hold(grown)
+        for tensors in () if self._whole is not None else (self._keys, self._values):
             for layer, old in enumerate(tensors):
                 if old is not None:
                     new = old.new_zeros(slots, old.shape[1], capacity, old.shape[3])
@@ -101,11 +107,19 @@ class BlockCache(Cache):  # type: ignore[misc]  # transformers ships no types
         self.capacity = capacity
 
     def prepare(self, key_heads: int, size: int, dtype: torch.dtype, device: torch.device) -> None:
-        """Allocate every layer's tensors now, for passes that do not call `update`."""
-        for tensors in (self._keys, self._values):
-            for layer, old in enumerate(tensors):
-                if old is None:
-                    tensors[layer] = torch.zeros(self.slots, key_heads, self.capacity, size, dtype=dtype, device=device)
+        """Allocate every layer now and in one piece, for passes that do not call `update`.
+
+        A model whose layers differ in shape cannot be held so; nor is one, once a pass has written to it.
+        """
+        if all(keys is None for keys in self._keys):
+            shape = (2 * len(self._keys), self.slots, key_heads, self.capacity, size)
+            self._hold(torch.zeros(shape, dtype=dtype, device=device))
+
+    def _hold(self, whole: Tensor) -> None:
+        """Let the layers' tensors be pieces of one."""
+        self._whole = whole
+        self._keys = list(whole[0::2].unbind())
+        self._values = list(whole[1::2].unbind())
 
     def tensors(self) -> list[tuple[Tensor, Tensor]]:
         """Keys and values of each layer, [slots, key heads, capacity, size], as `prepare` or the model made them."""
@@ -218,7 +232,9 @@ class BlockCache(Cache):  # type: ignore[misc]  # transformers ships no types
         """Let slot `target` hold what slot `source` holds; `source` becomes empty."""
         if source != target:
             length = self.lengths[source]
-            for tensors in (self._keys, self._values):
+            if self._whole is not None:
+                self._whole[:, target, :, :length] = self._whole[:, source, :, :length]
+            for tensors in () if self._whole is not None else (self._keys, self._values):
                 for tensor in tensors:
                     if tensor is not None:
                         tensor[target, :, :length] = tensor[source, :, :length]

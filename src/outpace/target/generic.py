@@ -66,10 +66,6 @@ class GenericRunner:
             else:
                 main = target.embed(block.tokens)
                 inputs = {"inputs_embeds": torch.cat([main, scouts.embeds.to(main.dtype)], 1)}  # type: ignore[union-attr]
-            if scouts.gated:
-                gate = torch.zeros(positions.shape, dtype=torch.bool, device=positions.device)
-                gate[:, block.rows :] = True
-                target._gate.rows = gate
         lowest = torch.finfo(target.dtype).min  # own forwards may add to the mask, which -inf does not survive
         width = cache.attended(max(lengths) + rows)
         masks = {
@@ -83,17 +79,17 @@ class GenericRunner:
         head = target.model.get_output_embeddings()
         handle = head.register_forward_pre_hook(lambda _, args: captured.append(args[0]))
         try:
-            out = target.model(
-                **inputs,
-                attention_mask=next(iter(masks.values())) if len(masks) == 1 else masks,
-                position_ids=positions,
-                past_key_values=cache,
-                use_cache=True,
-                return_dict=True,
-            ).logits
+            with target._gate.open(scouts.adapter if scouts is not None else None, block.rows):
+                out = target.model(
+                    **inputs,
+                    attention_mask=next(iter(masks.values())) if len(masks) == 1 else masks,
+                    position_ids=positions,
+                    past_key_values=cache,
+                    use_cache=True,
+                    return_dict=True,
+                ).logits
         finally:
             handle.remove()
-            target._gate.rows = None
         found = {"post_norm": captured[0]} if "post_norm" in wanted else {}
         main_logits = out[:, : block.rows] if logits else None
         return Readout(main_logits, out[:, block.rows :] if scouts is not None and scouts.logits else None, found)

@@ -240,17 +240,15 @@ class Target:
 
     @contextmanager
     def adapted(self, adapter: GatedLoRA) -> Iterator[None]:
-        """Attach a row-gated adapter for the duration of the block; only gated rows of a pass feel it.
+        """Attach a row-gated adapter for the duration of the block; only scouts that name it feel it.
 
         Raises:
             CheckpointError: if the adapter does not fit the model.
         """
         handles = attach(self.model, adapter, self._gate)
-        before, self._gate.adapter = self._gate.adapter, adapter
         try:
             yield
         finally:
-            self._gate.adapter = before
             for handle in handles:
                 handle.remove()
 
@@ -275,9 +273,7 @@ class Target:
         fast = self.fast
         if fast is not None and fast.fits(block, cache):
             wanted = check_taps(taps, self.layers_total)
-            return fast.run(
-                block, cache, layer_ids=self.layer_ids, taps=wanted, logits=logits, adapter=self._gate.adapter
-            )
+            return fast.run(block, cache, layer_ids=self.layer_ids, taps=wanted, logits=logits)
         return self.finish(self.begin(block, cache, upto=self.layers_total, taps=taps), logits=logits)
 
     def begin(self, block: Block, cache: BlockCache, *, upto: int, taps: Collection[str] = ()) -> Passing:
@@ -369,32 +365,26 @@ class Target:
                 angles[kind] = rotary(hidden, positions)
             else:
                 angles[kind] = next(iter(angles.values()))
-        if joined and block.scouts is not None and block.scouts.gated:
-            gate = torch.zeros(hidden.shape[:2], dtype=torch.bool, device=hidden.device)
-            gate[:, block.rows :] = True
-            self._gate.rows = gate
         named = "cache" in inspect.signature(layers[0].forward).parameters  # its name since transformers 5.24
         keyword = "cache" if named else "past_key_values"
-        try:
-            with attention.use_grouped_attention(self.config):
-                for layer in ids:
-                    if layer not in self.layer_ids:
-                        continue
-                    if f"in:{layer}" in wanted:
-                        passing.taps[f"in:{layer}"] = hidden
-                    kind = self.layer_types[layer]
-                    hidden = layers[layer](
-                        hidden,
-                        attention_mask=masks[kind],
-                        position_embeddings=angles[kind],
-                        position_ids=positions,
-                        **{keyword: cache},
-                        use_cache=True,
-                    )
-                    if f"out:{layer}" in wanted:
-                        passing.taps[f"out:{layer}"] = hidden
-        finally:
-            self._gate.rows = None
+        adapter = block.scouts.adapter if joined and block.scouts is not None else None
+        with self._gate.open(adapter, block.rows), attention.use_attention(self.config):
+            for layer in ids:
+                if layer not in self.layer_ids:
+                    continue
+                if f"in:{layer}" in wanted:
+                    passing.taps[f"in:{layer}"] = hidden
+                kind = self.layer_types[layer]
+                hidden = layers[layer](
+                    hidden,
+                    attention_mask=masks[kind],
+                    position_embeddings=angles[kind],
+                    position_ids=positions,
+                    **{keyword: cache},
+                    use_cache=True,
+                )
+                if f"out:{layer}" in wanted:
+                    passing.taps[f"out:{layer}"] = hidden
         passing.hidden = hidden
 
     def prefill(

@@ -79,7 +79,7 @@ class Lookahead(TokenDrafter):
             sees[b, : len(cells), 0] = seen[:, 0]
             sees[b, : len(cells), main : main + len(cells)] = seen[:, 1:]
         device = context.target.device
-        return Scouts(positions.to(device), sees.to(device), tokens=tokens.to(device), gated=False)
+        return Scouts(positions.to(device), sees.to(device), tokens=tokens.to(device))
 
     def observe(self, context: Context, walks: Sequence[Walk], read: Readout) -> None:
         """Harvest n-grams, move the windows."""

@@ -307,12 +307,12 @@ class _LayerRun:
         """Add the adapter's low-rank tails to the scout rows, which stand behind the main ones."""
         assert self.adapter is not None
         inputs = self.inputs
-        scouts = source.view(inputs.batch, inputs.rows, -1)[:, inputs.main :]
-        added = out.view(inputs.batch, inputs.rows, -1)[:, inputs.main :]
+        rows = source.view(inputs.batch, inputs.rows, -1)
+        whole = out.view(inputs.batch, inputs.rows, -1)
         at = 0
         for name, width in names:
             if name in self.adapter.names:
-                added[..., at : at + width] += self.adapter.tail(name, scouts)
+                self.adapter.add(name, rows, whole[..., at : at + width], inputs.main)
             at += width
 
     def norm_all(self, joined: Tensor, layer: LayerPlan) -> None:

@@ -207,7 +207,6 @@ class FastPass:
         layer_ids: tuple[int, ...],
         taps: Collection[str],
         logits: bool,
-        adapter: GatedLoRA | None,
     ) -> Readout:
         """See `Target.run`. Results are copies, so that they outlive the next pass."""
         batch, rows = block.tokens.shape
@@ -223,10 +222,10 @@ class FastPass:
         placed = [*lengths, *([0] * (many - batch)), *range(block.first, block.first + many)]
         inputs.flat[inputs.offsets[3] : inputs.offsets[5]].copy_(torch.tensor(placed), non_blocking=True)
         self._fill(inputs, block, wide)
-        gated = scouts is not None and scouts.gated
         outputs = self.launch(
             inputs, cache, entries=entries, layer_ids=layer_ids, taps=taps, logits=logits,
-            scout_logits=scouts is not None and scouts.logits, adapter=adapter if gated else None,
+            scout_logits=scouts is not None and scouts.logits,
+            adapter=scouts.adapter if scouts is not None else None,
         )  # fmt: skip
 
         def keep(values: Tensor) -> Tensor:

@@ -1,0 +1,174 @@
+"""The whole pipeline on a small language: does the adapter learn what its numbers decide, and what does it cost not to?
+
+A small base model learns a Markov language, writes text under a sampling preset, and stays frozen. Adapters of every
+mode then learn from that text, and agreement with the teacher under the same fresh numbers is measured as training
+proceeds: leading-correct drafts of 8. One drafter is trained under another preset than the text's, on purpose.
+
+    python experiments/ptp/agreement.py            # trains (about 12 minutes on one core), writes the result and figure
+    python experiments/ptp/agreement.py --figure   # draws the figure from the result
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from typing import Any
+
+import torch
+import transformers as hf
+from torch.nn import functional as F
+
+from outpace import Engine
+from outpace.drafters.learning import Recipe
+from outpace.drafters.ptp import Ptp
+from outpace.laws import Noise
+from outpace.target import Target
+from outpace.train.packing import Document, assemble
+from toy import COLOURS, Chain, load, plot, save
+
+SIZE = 8
+PRESET = {"temperature": 0.8, "top_k": 6, "top_p": 0.95}
+LENGTH = 40
+CASES: dict[str, dict[str, Any]] = {
+    "one_hot": {},
+    "categorical": {"mode": "categorical"},
+    "mask": {"mode": "mask"},
+    "one_hot, trained for temperature 1": {"temperature": 1.0, "top_k": 0, "top_p": 1.0},
+    "categorical, without a teacher": {"mode": "categorical", "inverse": True},
+}
+
+
+def base_model(chain: Chain, steps: int) -> Target:
+    """A small Llama that has learned the chain."""
+    torch.manual_seed(0)
+    config = hf.LlamaConfig(
+        vocab_size=SIZE,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        max_position_embeddings=128,
+        bos_token_id=None,
+        eos_token_id=None,
+    )
+    model = hf.LlamaForCausalLM(config)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    for step in range(steps):
+        start = torch.randint(SIZE, (64,))
+        tokens = chain.path(start, torch.rand(64, LENGTH, dtype=torch.float64))
+        logits = model(tokens).logits[:, :-1]
+        loss = F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        for group in optimizer.param_groups:
+            group["lr"] = 3e-3 * (1 - step / steps)
+    return Target(model.requires_grad_(False).eval(), name="markov")
+
+
+def write_text(target: Target, count: int, seed: int) -> torch.Tensor:
+    """[count, LENGTH] tokens the base model wrote under the preset, each after one random token."""
+    from outpace.laws import Settings, draw, warp
+
+    generator = torch.Generator().manual_seed(seed)
+    noise = Noise(seed)
+    tokens = torch.randint(SIZE, (count, 1), generator=generator)
+    with torch.inference_mode():
+        while tokens.shape[1] < LENGTH:
+            law = warp(target.model(tokens).logits[:, -1], Settings(**PRESET))
+            u = noise.grid(torch.arange(count), torch.tensor(tokens.shape[1]))
+            chosen = [draw(row, float(x)) for row, x in zip(law, u, strict=True)]
+            tokens = torch.cat([tokens, torch.tensor(chosen)[:, None]], 1)
+    return tokens.clone()
+
+
+def train(
+    target: Target, text: torch.Tensor, held_out: torch.Tensor, options: dict[str, Any], *, steps: int, every: int
+) -> dict[str, Any]:
+    """Train one drafter; the curve holds (step, leading-correct drafts + 1 on held-out text)."""
+    drafter = Ptp(**{"slots": 9, "rank": 16, **PRESET, **options})
+    drafter.recipe = drafter.recipe.replace(lr=4e-3, decay=1.0)
+    drafter.initialise(target, seed=0)
+    optimizer = torch.optim.AdamW(drafter.module.parameters(), lr=drafter.recipe.lr, weight_decay=0.0)
+    schedule = Recipe(lr=drafter.recipe.lr)
+    from outpace.train.schedule import rate
+
+    def batch(rows: torch.Tensor) -> Any:
+        return assemble([[Document(row.numpy(), 1)] for row in rows], LENGTH, target)
+
+    generator = torch.Generator().manual_seed(3)
+    curve, started = [], time.perf_counter()
+    for step in range(steps + 1):
+        if step % every == 0:
+            with torch.no_grad():
+                drafter.ready(target)
+                found = drafter.objective(batch(held_out))
+            curve.append((step, float(found.extra["emitted_per_round"])))
+        for group in optimizer.param_groups:
+            group["lr"] = rate(schedule, step / steps)
+        losses = drafter.objective(batch(text[torch.randint(len(text), (32,), generator=generator)]))
+        optimizer.zero_grad()
+        losses.total.backward()
+        optimizer.step()
+    return {"curve": curve, "seconds": round(time.perf_counter() - started), "drafter": drafter}
+
+
+def decoded(target: Target, drafter: Ptp, prompts: list[list[int]]) -> dict[str, float]:
+    """Emitted tokens per round through the engine, and whether every text equals plain decoding's."""
+    options = {"max_new_tokens": 30, "seed": 11, **PRESET}
+    plain = Engine(target).generate(prompts, **options)
+    engine = Engine(target, drafter.for_decoding(), stand_down=False)
+    ours = engine.generate(prompts, **options)
+    engine.close()
+    rounds = sum(o.rounds for o in ours)
+    return {
+        "emitted_per_round": sum(len(o.tokens) for o in ours) / rounds,
+        "same_text": sum(a.tokens == b.tokens for a, b in zip(ours, plain, strict=True)),
+        "texts": len(plain),
+    }
+
+
+def run(steps: int) -> dict[str, Any]:
+    """Every case."""
+    torch.set_num_threads(1)
+    target = base_model(Chain.random(SIZE, 3, seed=1), steps=400)
+    text, held_out = write_text(target, 2304, seed=1), write_text(target, 128, seed=2)
+    result: dict[str, Any] = {"steps": steps, "preset": PRESET, "cases": {}}
+    for name, options in CASES.items():
+        found = train(target, text, held_out, options, steps=steps, every=max(1, steps // 20))
+        drafter = found.pop("drafter")
+        drafter.budget, drafter.min_gain = 36, 0.0
+        found["decoded"] = decoded(target, drafter, [row[:1].tolist() for row in held_out[:64]])
+        result["cases"][name] = found
+        print(f"{name}: {found['curve'][-1][1]:.2f} ({found['seconds']} s), decoded {found['decoded']}", flush=True)
+    return result
+
+
+def draw(axes: Any) -> None:
+    """Curves of agreement."""
+    result = load("agreement")
+    styles = {
+        "one_hot": (COLOURS["one_hot"], "-", "numbers in, tokens out (O-PTP)"),
+        "categorical": (COLOURS["categorical"], "-", "numbers in, laws out (C-PTP)"),
+        "categorical, without a teacher": (COLOURS["categorical"], ":", "C-PTP, learned without a teacher"),
+        "one_hot, trained for temperature 1": (COLOURS["one_hot"], ":", "O-PTP, trained for another temperature"),
+        "mask": (COLOURS["mask"], "-", "mask tokens, no numbers"),
+    }
+    for name, (colour, line, label) in styles.items():
+        steps, correct = zip(*result["cases"][name]["curve"], strict=True)
+        axes.plot(steps, correct, line, color=colour, label=label)
+    axes.set_xlabel("training steps")
+    axes.set_ylabel("tokens per pass, held-out text")
+    axes.legend(frameon=False, loc="lower right")
+    axes.set_ylim(1, 9)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=1500)
+    parser.add_argument("--figure", action="store_true", help="only draw the figure")
+    asked = parser.parse_args()
+    if not asked.figure:
+        save("agreement", run(asked.steps))
+    print(plot("ptp_agreement", draw))

@@ -1,0 +1,463 @@
+"""The drafter: numbers go in as scouts, the next draft comes out of the same pass.
+
+What a round does, per request: `propose` hands over the draft read in the round before; `scouts` adds groups of slots
+behind the nodes at which the walk may end; `observe` reads the group behind the node at which it did end. The
+arithmetic is in `rows`, on tensors; here it meets requests.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, ClassVar, Literal, get_args
+from weakref import WeakKeyDictionary
+
+import torch
+
+from outpace.drafters.base import Context, Needs, RequestContext
+from outpace.drafters.learning import Batch, LearnedDrafter, Losses, Recipe
+from outpace.drafters.ptp import rows
+from outpace.drafters.ptp.calibration import BINS, GREEDY_NUMBER
+from outpace.drafters.ptp.encodings import find_encoding
+from outpace.drafters.ptp.modes import ModeName, find_mode
+from outpace.drafters.ptp.module import PtpModule
+from outpace.drafters.ptp.objective import Task, check_loss, objective
+from outpace.errors import ConfigError
+from outpace.laws import Draft, NoiseDice, Sampler, Settings, Tree, Walk
+from outpace.target import Kernel, Scouts
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from outpace.target import GatedLoRA, Readout, Target
+
+ReadMode = Literal["auto", "argmax", "path"]
+_AHEAD = 128  # numbers of a request fetched at once
+
+# Rows pay until they cost more than they bring; measured per device type (docs/methods/ptp.md).
+_BUDGET = {"cpu": 16, "cuda": 48}
+_MIN_GAIN = {"cpu": 0.05, "cuda": 0.0}
+
+
+@dataclass(eq=False)
+class _State:
+    """What is remembered of a request between rounds.
+
+    Attributes:
+        numbers: its path's numbers from position 0 on, as far as fetched (float64, on the host).
+        paths: next draft: {tokens of a root-to-node path: chance that its last is accepted once the others are}.
+    """
+
+    numbers: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.float64))
+    paths: dict[tuple[int, ...], float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class _Plan:
+    """The scouts of the round in flight.
+
+    Attributes:
+        ends: per request, the main row at which each accepted path would end.
+        branch, slot, used: [B, S], see `rows`. predicted: [B, S], index of the token each slot predicts.
+    """
+
+    ends: list[dict[tuple[int, ...], int]]
+    branch: Tensor
+    slot: Tensor
+    used: Tensor
+    predicted: Tensor
+
+
+class Ptp(LearnedDrafter):
+    """Draft dependent tokens jointly from the path's own random numbers.
+
+    Shaping the weights:
+
+    Args:
+        mode: "one_hot" (O-PTP: slots learn the token their numbers decide), "categorical" (C-PTP: slots learn its law,
+            given the numbers before) or "mask" (slots without numbers: the multi-token baseline).
+        slots: longest window; drafting beyond it is drafting beyond what was trained.
+        encoding: of numbers, see `ENCODINGS`.
+        rank: of the adapter, on every linear layer but the head. scale: its low-rank part is multiplied by this.
+        temperature, top_k, top_p, min_p: the sampling under which numbers mean something; top_k 0, top_p 1 and min_p 0
+            truncate nothing. Text decoded at other settings is the same as without a drafter, but fewer drafts hit.
+        any_temperature: slots are told the temperature, and learn from documents of any; `temperature` is then unused.
+
+    Training only:
+
+    Args:
+        density: slots per token of a batch.
+        beta: numbers lie in their intervals as Beta(beta, beta); 1 is uniform.
+        inverse: learn without a teacher (categorical only).
+
+    Decoding:
+
+    Args:
+        budget: most slots per request and pass; 0 takes what was measured to pay on the target's device.
+        min_gain: expected tokens a row must bring to be run, as a slot or as a draft token; negative: as measured.
+        branches: candidates per position; above 1, drafts are trees of them.
+        draft_len: most tokens along a path; 0 for as many as slots allow.
+        read: how slots that predict laws are read: "path" (drawn with the position's own number), "argmax", or "auto":
+            "path", which for slots without numbers too is the better guess at temperature > 0.
+        adaptive: go on calibrating while decoding. Off by default: drafts (never text) would depend on earlier ones.
+    """
+
+    name: ClassVar[str] = "ptp"
+    decoding: ClassVar[frozenset[str]] = frozenset(
+        {"density", "beta", "inverse", "budget", "min_gain", "branches", "draft_len", "read", "adaptive"}
+    )
+    default_recipe: ClassVar[Recipe] = Recipe(lr=1e-3, loss="hard", depths=8, decay=0.9, clip=1.0, weight_decay=0.0)
+    needs = Needs(scouts=True, noise=True, adapter=True)
+    kernel: Kernel | None = None  # of training attention; None: flex on CUDA, dense elsewhere
+    module: PtpModule
+
+    def __init__(
+        self,
+        *,
+        mode: ModeName = "one_hot",
+        slots: int = 8,
+        encoding: str = "anchors",
+        rank: int = 32,
+        scale: float = 1.0,
+        temperature: float = 1.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        min_p: float = 0.0,
+        any_temperature: bool = False,
+        density: float = 1.0,
+        beta: float = 1.0,
+        inverse: bool = False,
+        budget: int = 0,
+        min_gain: float = -1.0,
+        branches: int = 1,
+        draft_len: int = 0,
+        read: ReadMode = "auto",
+        adaptive: bool = False,
+    ) -> None:
+        super().__init__()
+        self.shape = find_mode(mode)
+        find_encoding(encoding)
+        self.mode: ModeName = mode
+        self.slots = slots
+        self.encoding = encoding
+        self.rank = rank
+        self.scale = scale
+        self.temperature, self.top_k, self.top_p, self.min_p = temperature, top_k, top_p, min_p
+        self.any_temperature = any_temperature
+        self.density, self.beta, self.inverse = density, beta, inverse
+        self.budget, self.min_gain = budget, min_gain
+        self.branches = branches
+        self.draft_len = draft_len
+        self.read: ReadMode = read
+        self.adaptive = adaptive
+        self._check()
+        self.recipe = self.default_recipe.replace(
+            depths=slots, loss="soft" if self.shape.law and not inverse else "hard"
+        )
+        self._states: WeakKeyDictionary[RequestContext, _State] = WeakKeyDictionary()
+        self._plan: _Plan | None = None
+        self._trust: list[float] = []
+        self._warned: set[object] = set()
+
+    def _check(self) -> None:
+        if self.slots < 2 or self.rank < 1:
+            raise ConfigError(f"slots must be at least 2 and rank at least 1, got {self.slots} and {self.rank}")
+        if self.temperature <= 0:
+            raise ConfigError(
+                "temperature of the preset must be above 0: greedy tokens do not depend on numbers, so nothing can be "
+                "learned from them; mode='mask' drafts for greedy decoding"
+            )
+        if self.branches < 1 or self.budget < 0 or self.draft_len < 0:
+            raise ConfigError(
+                f"branches must be at least 1, budget and draft_len at least 0; got {self.branches}, {self.budget} and "
+                f"{self.draft_len}"
+            )
+        if self.draft_len > self.slots - self.shape.silent:
+            raise ConfigError(
+                f"draft_len={self.draft_len} goes beyond what {self.slots} slots were trained for; pass at most "
+                f"{self.slots - self.shape.silent}, or train with slots={self.draft_len + self.shape.silent}"
+            )
+        if self.density <= 0 or self.beta <= 0:
+            raise ConfigError(f"density and beta must be above 0, got {self.density} and {self.beta}")
+        if self.inverse and self.mode != "categorical":
+            raise ConfigError(f"inverse training needs mode='categorical', whose slots have laws; got {self.mode!r}")
+        if self.read not in get_args(ReadMode):
+            raise ConfigError(f"read must be one of {', '.join(get_args(ReadMode))}, got {self.read!r}")
+        if self.read == "path" and not self.shape.law:
+            raise ConfigError("read='path' draws from laws, but slots of mode 'one_hot' predict no law; use 'argmax'")
+        _ = self.preset
+
+    @property
+    def preset(self) -> Settings:
+        """The sampling under which the numbers mean something."""
+        return Settings(
+            temperature=self.temperature,
+            top_k=self.top_k or None,
+            top_p=self.top_p if self.top_p < 1 else None,
+            min_p=self.min_p or None,
+        )
+
+    @property
+    def adapter(self) -> GatedLoRA | None:  # type: ignore[override]
+        """The adapter of its slots, once it has weights."""
+        return self.module.adapter if self._fitted is not None else None
+
+    @property
+    def training_taps(self) -> frozenset[str]:
+        """None: the objective runs the target itself."""
+        return frozenset()
+
+    @property
+    def shifts(self) -> tuple[int, ...]:
+        """None: windows start where they like."""
+        return ()
+
+    def build(self, target: Target) -> PtpModule:
+        """Fresh weights: an adapter that changes nothing yet, and embeddings in the midst of the tokens'."""
+        self.shape = find_mode(self.mode)
+        module = PtpModule(
+            target,
+            self.shape,
+            slots=self.slots,
+            encoding=self.encoding,
+            rank=self.rank,
+            scale=self.scale,
+            any_temperature=self.any_temperature,
+        )
+        return module.to(target.device)
+
+    def objective(self, batch: Batch) -> Losses:
+        """Losses per slot, see `ptp.objective`."""
+        recipe = self.recipe
+        if recipe.depths > self.slots:
+            raise ConfigError(f"depths={recipe.depths} goes beyond slots={self.slots}; pass slots={recipe.depths} too")
+        check_loss(recipe.loss, self.shape, self.preset, self.inverse)
+        task = Task(
+            slots=recipe.depths,
+            density=self.density,
+            preset=self.preset,
+            any_temperature=self.any_temperature,
+            beta=self.beta,
+            inverse=self.inverse,
+            loss=recipe.loss,
+            weights=recipe.weights,
+            kernel=self.kernel,
+        )
+        with torch.autocast(batch.tokens.device.type, enabled=False):  # laws need float32 and better, and say so
+            return objective(batch, self.module, self.shape, task)
+
+    def ready(self, target: Target) -> None:
+        """Read the calibration."""
+        self._states = WeakKeyDictionary()
+        self._calibrate()
+        device = target.device.type
+        self._most = self.budget or _BUDGET.get(device, _BUDGET["cuda"])
+        self._least = self.min_gain if self.min_gain >= 0 else _MIN_GAIN.get(device, 0.0)
+
+    def _calibrate(self) -> None:
+        self._trust = self.module.calibration.trust()
+        survival = self.module.calibration.survival()
+        self._hazard = [b / a for a, b in zip([1.0, *survival[:-1]], survival, strict=True)]
+        self._worths = torch.tensor(rows.worth(survival[: self.draft_len or None], self.shape.silent))
+
+    def start(self, context: Context, request: RequestContext, taps: Mapping[str, Tensor]) -> None:
+        """Look whether the request samples as this drafter was trained to."""
+        self._states[request] = _State()
+        self._warn_of_other_sampling(request.sampler.settings)
+
+    def propose(self, context: Context) -> Draft:
+        """What the last pass's slots said, pruned to what is likely to be reached."""
+        trees = []
+        for request in context.requests:
+            paths = self._state(request).paths if request.speculate else {}
+            trees.append(_tree(paths, request.depth_limit, self._least, self._most))
+        return Draft.of(trees)
+
+    def scouts(self, context: Context, draft: Draft) -> Scouts | None:
+        """Groups of slots behind the nodes at which the walk may end, best first within the budget."""
+        self._plan = None
+        target, requests = context.target, context.requests
+        active = [request.speculate and request.depth_limit > 1 for request in requests]
+        if not any(active):
+            return None
+        trees = draft.trees()
+        confidence = torch.zeros(len(trees), draft.width)
+        ends: list[dict[tuple[int, ...], int]] = []
+        for b, (request, tree) in enumerate(zip(requests, trees, strict=True)):
+            paths = _paths(tree)
+            known = self._state(request).paths
+            ends.append({(): 0} | {path: node + 1 for node, path in enumerate(paths)})
+            for node, path in enumerate(paths):
+                confidence[b, node] = known.get(path, self._hazard[min(len(path), len(self._hazard)) - 1])
+        parents = torch.where(draft.valid, draft.parents, -1).cpu()
+        ancestors = rows.lineage(parents)
+        chances = rows.walk_ends(confidence, parents, ancestors)
+        branch, slot, gain = rows.allocate(chances, self._worths, self._most)
+        used = (gain > self._least) & torch.tensor(active)[:, None]
+        count = int(used.sum(1).max())
+        if count == 0:
+            return None
+        branch, slot, used = branch[:, :count], slot[:, :count], used[:, :count]
+        root = torch.tensor([request.position for request in requests])
+        positions, carried, sees = rows.scout_rows(root, ancestors, branch, slot, used, self.shape)
+        self._plan = _Plan(ends, branch, slot, used, carried + self.shape.lead)
+        numbers = self._numbers(requests, carried).to(target.device)
+        heats = torch.tensor([r.sampler.settings.temperature for r in requests], device=target.device)
+        embeds = self.module.embed(numbers, heats)
+        return Scouts(positions.to(target.device), sees.to(target.device), embeds=embeds, adapter=self.module.adapter)
+
+    def observe(self, context: Context, walks: Sequence[Walk], read: Readout) -> None:
+        """Read the group behind the node where each walk ended: the next draft."""
+        plan, self._plan = self._plan, None
+        if self.adaptive:
+            self._learn(context.requests, walks)
+        for request in context.requests:
+            self._state(request).paths = {}
+        if plan is None or read.scout_logits is None:
+            return
+        ended = [ends.get(walk.tokens[:-1], -1) for ends, walk in zip(plan.ends, walks, strict=True)]
+        rows_of, present = rows.group_rows(
+            plan.branch, plan.slot, plan.used, torch.tensor(ended), self._worths.shape[0]
+        )
+        silent = self.shape.silent
+        rows_of, present = rows_of[:, silent:], present[:, silent:]
+        longest = int(present.sum(1).max())
+        if longest == 0:
+            return
+        rows_of, present = rows_of[:, :longest], present[:, :longest]
+        device = read.scout_logits.device
+        logits = read.scout_logits[torch.arange(len(walks), device=device)[:, None], rows_of.to(device)]
+        drawn = self._numbers(context.requests, plan.predicted.gather(1, rows_of)).to(device)
+        for b, request in enumerate(context.requests):
+            depth = int(present[b].sum())
+            if depth and ended[b] >= 0:
+                tokens, scores = rows.read_out(
+                    logits[b, :depth],
+                    drawn[b, :depth] if self.draws(request.sampler) else None,
+                    min(self.branches, logits.shape[-1]),
+                )
+                trusted = [[self._trust[min(int(score * BINS), BINS - 1)] for score in row] for row in scores.tolist()]
+                self._state(request).paths = _grow(tokens.tolist(), trusted, self._most if self.branches > 1 else depth)
+
+    def draws(self, sampler: Sampler) -> bool:
+        """Whether slots are read by drawing from their laws with the path's numbers, not by arg-max."""
+        return self.shape.law and self.read != "argmax" and not sampler.greedy
+
+    def _state(self, request: RequestContext) -> _State:
+        return self._states.setdefault(request, _State())
+
+    def _numbers(self, requests: Sequence[RequestContext], index: Tensor) -> Tensor:
+        """The path's numbers at indices [B, n] of each request, float64 on the host; 0.5 where greedy decides."""
+        result = torch.full(index.shape, GREEDY_NUMBER, dtype=torch.float64)
+        for b, request in enumerate(requests):
+            dice = request.sampler.dice
+            if request.sampler.greedy or not isinstance(dice, NoiseDice):
+                continue
+            state, last = self._state(request), int(index[b].max())
+            have = state.numbers.shape[0]
+            if last >= have:
+                fresh = torch.arange(have, max(last + 1, len(request.tokens)) + _AHEAD)
+                identity = dice.request - (1 << 64 if dice.request >= 1 << 63 else 0)  # the same 64 bits, signed
+                state.numbers = torch.cat([state.numbers, dice.noise.grid(torch.tensor(identity), fresh)])
+            result[b] = state.numbers[index[b]]
+        return result
+
+    def _learn(self, requests: Sequence[RequestContext], walks: Sequence[Walk]) -> None:
+        """Count what became of the drafts (of the likeliest path of each)."""
+        depths = len(self._hazard)
+        scores, right, tried = (torch.zeros(len(walks), depths) for _ in range(3))
+        for b, (request, walk) in enumerate(zip(requests, walks, strict=True)):
+            path: tuple[int, ...] = ()
+            known = self._state(request).paths
+            for depth in range(depths):
+                following = [p for p in known if len(p) == depth + 1 and p[:-1] == path]
+                if not following or depth >= len(walk.tokens):
+                    break
+                path = max(following, key=lambda p: known[p])
+                tried[b, depth], scores[b, depth] = 1, known[path]
+                right[b, depth] = float(path[-1] == walk.tokens[depth])
+        counts = self.module.calibration
+        counts.reached.mul_(0.999)
+        counts.passed.mul_(0.999)
+        alive = torch.cumprod(right * tried, 1)
+        before = torch.cat([torch.ones_like(alive[:, :1]), alive[:, :-1]], 1) * tried
+        counts.reached.add_(before.sum(0).to(counts.reached))
+        counts.passed.add_(alive.sum(0).to(counts.passed))
+        self._calibrate()
+
+    def _warn_of_other_sampling(self, settings: Settings) -> None:
+        """Once per kind of difference: drafts will hit less often."""
+        preset = self.preset
+        names = ("temperature", "top_k", "top_p", "min_p")
+        asked = {name: getattr(settings, name) for name in names}
+        trained = {name: getattr(preset, name) for name in names}
+        if self.any_temperature:
+            trained["temperature"] = settings.temperature
+        key = (*asked.values(), settings.noise)
+        if key in self._warned or (not self.shape.reads and settings.noise == "uniform"):
+            return
+        self._warned.add(key)
+        if settings.noise == "gumbel" and self.shape.reads:
+            warnings.warn(
+                "drafter 'ptp' reads numbers of the inverse CDF, and noise='gumbel' decides tokens otherwise: hardly a "
+                "draft will hit (the text is not affected). Use noise='uniform', or another drafter",
+                stacklevel=2,
+            )
+        elif asked != trained:
+            truncated = settings.top_k or settings.top_p or settings.min_p
+            share = None if truncated else self.module.agreement.share(settings.temperature)
+            cost = (
+                "how many was not measured"
+                if share is None
+                else f"a number decides the same token under both {100 * share:.0f} % of the time"
+            )
+            told = ", ".join(f"{name}={value}" for name, value in asked.items() if value is not None)
+            made = ", ".join(f"{name}={value}" for name, value in trained.items() if value is not None)
+            warnings.warn(
+                f"drafter 'ptp' was trained for sampling with {made}, and is asked to draft for {told}: fewer drafts "
+                f"will hit ({cost}); the text is not affected. Train one for these settings, or sample as it was "
+                "trained",
+                stacklevel=2,
+            )
+
+
+def _paths(tree: Tree) -> list[tuple[int, ...]]:
+    """Tokens from the root to each node."""
+    paths: list[tuple[int, ...]] = []
+    for token, parent in zip(tree.tokens, tree.parents, strict=True):
+        paths.append((*(paths[parent] if parent >= 0 else ()), token))
+    return paths
+
+
+def _tree(paths: Mapping[tuple[int, ...], float], depth: int, least: float, most: int) -> Tree:
+    """The draft of the paths that are likely enough to be walked; likelier ones first where there are too many."""
+    chances: dict[tuple[int, ...], float] = {}
+    for path, trusted in paths.items():  # parents come before children
+        chances[path] = chances.get(path[:-1], 1.0 if len(path) == 1 else 0.0) * trusted
+    chosen = sorted((p for p, c in chances.items() if c > least and len(p) <= depth), key=lambda p: -chances[p])[:most]
+    chosen.sort(key=len)
+    return Tree.merge(chosen, most).depth_first() if chosen else Tree()
+
+
+def _grow(tokens: list[list[int]], trusted: list[list[float]], most: int) -> dict[tuple[int, ...], float]:
+    """Paths through the candidates of each depth, likeliest first, at most `most`; parents before children."""
+    paths: dict[tuple[int, ...], float] = {}
+    front: list[tuple[float, tuple[int, ...]]] = [(1.0, ())]
+    while front and len(paths) < most:
+        best = max(range(len(front)), key=lambda i: front[i][0])
+        chance, path = front.pop(best)
+        if path:
+            paths[path] = _last(trusted, tokens, path)
+        if len(path) < len(tokens):
+            left = 1.0
+            for token, trust in zip(tokens[len(path)], trusted[len(path)], strict=True):
+                front.append((chance * min(trust, left), (*path, token)))
+                left = max(0.0, left - trust)
+    return paths
+
+
+def _last(trusted: list[list[float]], tokens: list[list[int]], path: tuple[int, ...]) -> float:
+    depth = len(path) - 1
+    rank = tokens[depth].index(path[-1])
+    return min(trusted[depth][rank], max(0.0, 1.0 - sum(trusted[depth][:rank])))

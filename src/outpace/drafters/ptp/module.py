@@ -1,0 +1,64 @@
+"""The weights of a parallel token predictor: embedding of numbers, adapter of slots, and its calibration."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Final
+
+import torch
+from torch import nn
+
+from outpace.drafters.ptp.calibration import Agreement, Calibration
+from outpace.drafters.ptp.encodings import NumberEmbedding
+from outpace.target import GatedLoRA
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from outpace.drafters.ptp.modes import Mode
+    from outpace.target import Target
+
+HEATS: Final = (0.0, 0.25, 0.5, 0.75, 1.0, 1.5)
+
+
+class PtpModule(nn.Module):
+    """Everything that is learned or counted, for one target.
+
+    Attributes:
+        embedding: number -> input embedding of a slot. adapter: low-rank part of every linear layer, for slots only.
+        heat: what is added to a slot's embedding at each of `HEATS`, between which it is interpolated; None if slots
+            are not told the temperature.
+        calibration, agreement: counts behind the decisions of decoding.
+    """
+
+    def __init__(
+        self,
+        target: Target,
+        mode: Mode,
+        *,
+        slots: int,
+        encoding: str,
+        rank: int,
+        scale: float,
+        any_temperature: bool,
+    ) -> None:
+        super().__init__()
+        some = torch.linspace(0, target.vocabulary - 1, 4096, device=target.device).long()
+        like = target.embed(some)  # as the first layer gets them, scaled where a family scales
+        self.embedding = NumberEmbedding(target.hidden_size, encoding if mode.reads else None, like=like)
+        self.heat = nn.Parameter(torch.zeros(len(HEATS), target.hidden_size)) if any_temperature else None
+        self.adapter = GatedLoRA.for_all_layers(target.model, rank, scale * rank)
+        self.calibration = Calibration(slots - mode.silent)
+        self.agreement = Agreement()
+
+    def embed(self, u: Tensor, temperature: Tensor) -> Tensor:
+        """Input embeddings of slots that carry u [..., n] at a temperature [...]: [..., n, H] float32."""
+        embedded: Tensor = self.embedding(u)
+        if self.heat is None:
+            return embedded
+        at = torch.as_tensor(HEATS, device=u.device)
+        place = temperature.clamp(at[0], at[-1])
+        above = torch.searchsorted(at, place.contiguous()).clamp_min(1)
+        share = ((place - at[above - 1]) / (at[above] - at[above - 1]))[..., None]
+        heat = self.heat.float()
+        added: Tensor = heat[above - 1] * (1 - share) + heat[above] * share
+        return embedded + added[..., None, :]

@@ -1,0 +1,309 @@
+"""What is learned: from text, the numbers that would have produced it; from numbers, the text.
+
+A step reads the packed documents once with the bare target, infers u for every token under the sampling preset,
+and runs many windows of slots behind that reading (section 3.1 of Draxler et al. 2025). Without a teacher, a
+categorical drafter infers the numbers under its own laws, slot by slot (inverse autoregressive training, section 3.3).
+
+The vocabulary is large and slots are many, so the head runs in pieces, each of which leaves its gradient behind and is
+forgotten.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Final
+
+import torch
+from torch.nn import functional as F
+
+from outpace.drafters.learning import Batch, Losses, LossKind
+from outpace.drafters.ptp.rows import draw_scored
+from outpace.drafters.ptp.windows import Windows
+from outpace.errors import ConfigError
+from outpace.laws import Settings, infer_numbers, warp
+from outpace.target import Kernel, Reading, read, run_behind
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from outpace.drafters.ptp.modes import Mode
+    from outpace.drafters.ptp.module import PtpModule
+
+PIECE: Final = 1 << 27  # logits held at once: 0.5 GB in float32, 1 GB while numbers are inferred in float64
+_COLD: Final = 1e-3  # temperature that stands for greedy in a law
+_SOME: Final = 128  # tokens per evaluated batch at which other temperatures are compared with the preset
+LOSSES: Final[dict[bool, tuple[LossKind, ...]]] = {False: ("hard",), True: ("soft", "kl", "reverse_kl", "hard")}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Task:
+    """How windows are drawn and judged.
+
+    Attributes:
+        slots: N. density: slots per token of the batch.
+        preset: the sampling under which numbers mean something. any_temperature: each document's own temperature
+            stands in for the preset's.
+        beta: a number lies in its token's interval as a Beta(beta, beta) variable; 1 is uniform.
+        inverse: infer numbers under the drafter's own laws, without the teacher.
+        loss: "hard" (the corpus's token), "soft" or "kl" (the teacher's law), "reverse_kl".
+        weights: of each slot. kernel: of attention.
+    """
+
+    slots: int
+    density: float
+    preset: Settings
+    any_temperature: bool
+    beta: float
+    inverse: bool
+    loss: LossKind
+    weights: list[float]
+    kernel: Kernel | None = None
+
+
+def check_loss(loss: LossKind, mode: Mode, preset: Settings, inverse: bool) -> None:
+    """Refuse losses that mean nothing here.
+
+    Raises:
+        ConfigError: saying which would.
+    """
+    known = LOSSES[mode.law]
+    if loss not in known:
+        why = "" if mode.law else " (its slots learn a function, not a law: there is one right answer, the token)"
+        raise ConfigError(f"loss {loss!r} cannot train this mode{why}; pass loss={' or '.join(map(repr, known))}")
+    if inverse and loss != "hard":
+        raise ConfigError(f"loss {loss!r} compares with the teacher, and inverse training has none; pass loss='hard'")
+    if loss == "reverse_kl" and (preset.top_k or preset.top_p or preset.min_p):
+        raise ConfigError("loss 'reverse_kl' is infinite where a truncated preset has no mass; pass loss='kl'")
+
+
+def objective(batch: Batch, module: PtpModule, mode: Mode, task: Task) -> Losses:
+    """Losses per slot over windows drawn from the batch's answers."""
+    target, (_, length) = batch.target, batch.shape
+    training = torch.is_grad_enabled()
+    generator = None if training else torch.Generator(batch.tokens.device).manual_seed(0)
+    reading = read(target, batch.tokens, batch.documents, batch.positions, task.kernel)
+    places = _places(batch, task)
+    count = max(1, round(task.density * length / task.slots))
+    windows = Windows.sample(places, count, task.slots, mode, generator)
+    if task.inverse:
+        u, counts = _own_numbers(batch, module, windows, reading, task, generator)
+    else:
+        drawn, counts = teacher_numbers(batch, reading, task, generator)
+        counts &= places
+        u = drawn.gather(1, windows.indices(0, length).flatten(1))
+    alive = windows.lives(batch.documents, counts)
+    temperature = batch.temperature.gather(1, windows.starts)
+    rows = run_behind(
+        target,
+        reading,
+        module.embed(u.view(alive.shape), temperature).flatten(1, 2),
+        windows.positions(batch.positions),
+        windows.sees(batch.documents),
+        module.adapter,
+        task.kernel,
+    )
+
+    predicted = windows.indices(mode.lead, length).flatten(1)
+    weights = torch.tensor(task.weights, device=u.device) * alive / (batch.answers * task.density)
+    teacher = None
+    if mode.law and task.loss != "hard":
+        before = (predicted - 1)[..., None].expand(-1, -1, reading.hidden.shape[-1])
+        teacher = reading.hidden.gather(1, before).flatten(0, 1)
+    numbers = None
+    if mode.law and mode.reads and not task.inverse:
+        numbers = drawn.gather(1, predicted).flatten()
+    found = _judge(
+        rows.hidden.flatten(0, 1),
+        batch.tokens.gather(1, predicted).flatten(),
+        weights.flatten(),
+        teacher,
+        numbers,
+        temperature[..., None].expand(alive.shape).flatten(),
+        _head(target),
+        task,
+    )
+    losses, hits, scores = (part.view(alive.shape) for part in found[1:])
+    drafts = slice(mode.silent, None)
+    guess = [part[:, :, drafts].flatten(0, 1) for part in (scores, hits.bool(), alive)]
+    module.calibration.count(guess[0], guess[1], guess[2], keep=0.98 if training else 0.9)
+    if not training and not task.inverse and not task.any_temperature:
+        some = torch.rand(places.shape, device=u.device, generator=generator).masked_fill(~places, -1.0)
+        states = reading.hidden.flatten(0, 1)[some.flatten().topk(min(_SOME, some.numel())).indices - 1]
+        module.agreement.count(_wide(_head(target)(states)), task.preset)
+    run = torch.cumprod((hits.bool() & alive)[:, :, drafts].float(), 2).sum()
+    whole = alive[:, :, mode.silent].sum().clamp_min(1)
+    return Losses(
+        total=found[0],
+        sums=(losses * alive).sum((0, 1)),
+        counts=alive.sum((0, 1)).float(),
+        hits=(hits * alive).sum((0, 1)),
+        extra={"emitted_per_round": 1 + run / whole},
+    )
+
+
+def _head(target: Any) -> Callable[[Tensor], Tensor]:
+    return target.model.get_output_embeddings()  # type: ignore[no-any-return]
+
+
+@torch.no_grad()
+def teacher_numbers(
+    batch: Batch, reading: Reading, task: Task, generator: torch.Generator | None = None
+) -> tuple[Tensor, Tensor]:
+    """A number for every token, from its interval under the target's own law: (u [B, T] float64, has one [B, T]).
+
+    The first token of a document has none.
+    """
+    hidden = reading.hidden[:, :-1].flatten(0, 1)
+    tokens, temperature = batch.tokens[:, 1:].flatten(), batch.temperature[:, 1:].flatten()
+    within = _within(tokens, task.beta, generator)
+    numbers, valid = torch.empty_like(within), torch.empty_like(tokens, dtype=torch.bool)
+    head = _head(batch.target)
+    size = max(1, PIECE // batch.target.vocabulary)
+    for start in range(0, tokens.shape[0], size):
+        piece = slice(start, start + size)
+        law = laws(_wide(head(hidden[piece])), temperature[piece], task)
+        numbers[piece], valid[piece] = infer_numbers(law, tokens[piece], within[piece])
+    if task.any_temperature:  # greedy tokens come from any number
+        greedy = temperature == 0
+        numbers, valid = torch.where(greedy, within, numbers), valid | greedy
+    shape = batch.tokens[:, 1:].shape
+    follows = batch.documents[:, 1:] == batch.documents[:, :-1]
+    return (
+        F.pad(numbers.view(shape), (1, 0), value=0.5),
+        F.pad(valid.view(shape) & follows & (batch.documents[:, 1:] > 0), (1, 0)),
+    )
+
+
+def laws(scores: Tensor, temperature: Tensor, task: Task) -> Tensor:
+    """The laws tokens were, or are to be, drawn from: scores [n, V], temperature [n] of their documents -> [n, V]."""
+    if not task.any_temperature:
+        return warp(scores, task.preset, wait=False)
+    return warp(scores / temperature.clamp_min(_COLD)[:, None], task.preset.replace(temperature=1.0), wait=False)
+
+
+def _places(batch: Batch, task: Task) -> Tensor:
+    """[B, T] bool: tokens windows may start at: answers, sampled at the preset's temperature where any were."""
+    places = batch.answer & (batch.positions > 0)
+    if task.any_temperature:
+        return places
+    fitting = places & (batch.temperature == task.preset.temperature)
+    return torch.where(fitting.any(), fitting, places)
+
+
+def _wide(logits: Tensor) -> Tensor:
+    return logits if logits.dtype == torch.float64 else logits.float()
+
+
+def _within(like: Tensor, beta: float, generator: torch.Generator | None) -> Tensor:
+    """Where in their intervals numbers lie: Beta(beta, beta), float64 in [0, 1)."""
+    if beta == 1.0:
+        return torch.rand(like.shape, dtype=torch.float64, device=like.device, generator=generator)
+    gamma = torch._standard_gamma(torch.full((2, *like.shape), beta, dtype=torch.float64, device=like.device))
+    return (gamma[0] / gamma.sum(0)).nan_to_num(0.5).clamp(max=1 - 2.0**-53)
+
+
+@torch.no_grad()
+def _own_numbers(
+    batch: Batch,
+    module: PtpModule,
+    windows: Windows,
+    reading: Reading,
+    task: Task,
+    generator: torch.Generator | None,
+) -> tuple[Tensor, Tensor]:
+    """Numbers under the drafter's own laws: (u [B, W * N], has one [B, T] as far as it matters).
+
+    The first of a window comes from the target's last real row, which is the drafter without slots; each further one
+    from the slot before, so that the windows run slot by slot.
+    """
+    target, length = batch.target, batch.tokens.shape[1]
+    head = _head(target)
+    temperature = batch.temperature.gather(1, windows.starts)
+    spots = windows.indices(0, length)
+    positions = windows.positions(batch.positions).view(spots.shape)
+    sees = windows.sees_slot_by_slot(batch.documents)
+    within = _within(spots, task.beta, generator)
+    index = (windows.starts - 1)[..., None].expand(-1, -1, reading.hidden.shape[-1])
+    hidden, grown = reading.hidden.gather(1, index), reading
+    chosen = []
+    for j in range(task.slots):
+        tokens = batch.tokens.gather(1, spots[:, :, j])
+        law = torch.softmax(_wide(head(hidden)), -1)
+        u, _ = infer_numbers(law, tokens, within[:, :, j])
+        chosen.append(u)
+        embeds = module.embed(u[..., None], temperature).flatten(1, 2)
+        rows = run_behind(target, grown, embeds, positions[:, :, j], sees, module.adapter, task.kernel)
+        hidden, grown = rows.hidden, grown.extended(rows)
+    follows = F.pad(batch.documents[:, 1:] == batch.documents[:, :-1], (1, 0))
+    return torch.stack(chosen, 2).flatten(1), batch.answer & follows
+
+
+def _judge(
+    hidden: Tensor,
+    tokens: Tensor,
+    weights: Tensor,
+    teacher: Tensor | None,
+    numbers: Tensor | None,
+    temperature: Tensor,
+    head: Callable[[Tensor], Tensor],
+    task: Task,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(weighted sum of losses with gradient, loss, hit and score of each of n rows), the head run in pieces.
+
+    hidden, teacher: [n, H]; tokens, numbers, weights, temperature: [n]. A hit: what `rows.read_out` guesses is the
+    token.
+    """
+
+    def one(piece: slice, states: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        logits = _wide(head(states))
+        log_p = torch.log_softmax(logits, -1)
+        token = tokens[piece]
+        if teacher is None:
+            loss = -log_p.gather(1, token[:, None])[:, 0]
+        else:
+            with torch.no_grad():
+                q = laws(_wide(head(teacher[piece])), temperature[piece], task)
+            if task.loss == "reverse_kl":
+                loss = (log_p.exp() * (log_p - q.clamp_min(1e-30).log())).sum(-1)
+            else:
+                loss = -(q * log_p).sum(-1)
+                if task.loss == "kl":
+                    loss = loss + torch.xlogy(q, q).sum(-1)
+        with torch.no_grad():
+            p = log_p.exp()
+            if numbers is None:
+                score, guess = p.max(-1)
+            else:
+                guess, score = draw_scored(p, numbers[piece])
+        return (loss * weights[piece]).sum(), loss.detach(), (guess == token).to(loss.dtype), score.to(loss.dtype)
+
+    size = max(1, PIECE // int(head.weight.shape[0]))  # type: ignore[attr-defined]
+    return _Pieces.apply(hidden, one, size)  # type: ignore[no-any-return, no-untyped-call]
+
+
+class _Pieces(torch.autograd.Function):
+    """Run a function over pieces of rows and keep, of each, its results and the gradient of its first one."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, one: Callable[..., tuple[Tensor, ...]], size: int) -> tuple[Tensor, ...]:
+        wants = hidden.requires_grad
+        gradients, results = [], []
+        for start in range(0, hidden.shape[0], size):
+            piece = slice(start, start + size)
+            states = hidden[piece].detach().requires_grad_(wants)
+            with torch.set_grad_enabled(wants):
+                total, *others = one(piece, states)
+            if wants:
+                gradients.append(torch.autograd.grad(total, states)[0])
+            results.append((total.detach()[None], *others))
+        joined = [torch.cat(parts) for parts in zip(*results, strict=True)]
+        if wants:
+            ctx.save_for_backward(torch.cat(gradients))
+            ctx.mark_non_differentiable(*joined[1:])
+        return joined[0].sum(), *joined[1:]
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor, None, None]:
+        (gradient,) = ctx.saved_tensors
+        return gradient * grad, None, None
