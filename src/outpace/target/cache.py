@@ -109,11 +109,15 @@ class BlockCache(Cache):  # type: ignore[misc]  # transformers ships no types
     def prepare(self, key_heads: int, size: int, dtype: torch.dtype, device: torch.device) -> None:
         """Allocate every layer now and in one piece, for passes that do not call `update`.
 
-        A model whose layers differ in shape cannot be held so; nor is one, once a pass has written to it.
+        Where passes have written to some layers already, the others are added one by one.
         """
         if all(keys is None for keys in self._keys):
             shape = (2 * len(self._keys), self.slots, key_heads, self.capacity, size)
             self._hold(torch.zeros(shape, dtype=dtype, device=device))
+        for tensors in (self._keys, self._values):
+            for layer, old in enumerate(tensors):
+                if old is None:
+                    tensors[layer] = torch.zeros(self.slots, key_heads, self.capacity, size, dtype=dtype, device=device)
 
     def _hold(self, whole: Tensor) -> None:
         """Let the layers' tensors be pieces of one."""
