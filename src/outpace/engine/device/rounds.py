@@ -5,7 +5,7 @@ from tensors on the device while the host reads the last one, and what was compu
 
     upload draft -> [pass graph] -> [walk graph: choose, walk, commit, advance] -> emitted, one copy to the host
 
-Serves plain decoding and drafters that work on tokens, under the path rule, for requests whose law is greedy or plain
+Serves plain decoding and drafters that choose their tokens and add no rows, under the path rule, for requests whose law is greedy or plain
 temperature sampling; everything else is played by the readable round, on top of the same captured passes.
 """
 
@@ -42,9 +42,10 @@ _AHEAD: Final = 1  # rounds of plain decoding that are under way while the host 
 
 @dataclass(slots=True)
 class _Flight:
-    """A round that has been launched: where its outcome will be, and when."""
+    """A round that has been launched: where its outcome will be, and when. The next pass overwrites the taps."""
 
     emitted: Tensor
+    taps: dict[str, Tensor]
     events: tuple[torch.cuda.Event, torch.cuda.Event, torch.cuda.Event]
 
 
@@ -95,11 +96,10 @@ class DeviceRounds:
 
     @staticmethod
     def serves(drafter: Drafter | None) -> bool:
-        """Whether drafts of this drafter can be verified here: it works on tokens and chooses them."""
+        """Whether drafts of this drafter can be verified here: it chooses its tokens and adds no rows."""
         if drafter is None:
             return True
-        needs = drafter.needs
-        return drafter.kind == "deterministic" and not (needs.taps or needs.scouts or needs.adapter)
+        return drafter.kind == "deterministic" and not (drafter.needs.scouts or drafter.needs.adapter)
 
     def takes(self, context: Context) -> bool:
         """Whether every request's law can be drawn from here, within the positions that the rotary tables hold."""
@@ -129,11 +129,12 @@ class DeviceRounds:
         if drafter is not None and any(r.speculate and r.depth_limit for r in requests):
             trees = drafted_trees(context, drafter, 0)
         drafted = perf_counter()
+        taps = drafter.needs.taps if drafter is not None else frozenset()
         if any(len(tree) for tree in trees):
             self.forget()
-            self._launch_drafted(context, trees)
+            self._launch_drafted(context, trees, taps)
         else:
-            self._launch_plain(context, alone=drafter is not None)
+            self._launch_plain(context, taps, alone=drafter is not None)
         flight = self._flying.popleft()
         flight.events[2].synchronize()
         read = flight.emitted.tolist()
@@ -155,7 +156,8 @@ class DeviceRounds:
         for b, one in enumerate(walks):
             context.cache.lengths[b] += len(one.tokens)
         if drafter is not None:
-            drafter.observe(context, walks, Readout(None))
+            taken = {name: value[: len(requests)] for name, value in flight.taps.items()}
+            drafter.observe(context, walks, Readout(None, None, taken))
         for request, one, stopping in zip(requests, walks, stoppings, strict=True):
             request.tokens.extend(one.tokens)
             request.remaining = stopping.remaining
@@ -170,7 +172,7 @@ class DeviceRounds:
         timing.other_ms += max(0.0, 1e3 * (ended - drafted) - pass_ms - walk_ms)
         return Played(rounds, verdicts, reached, 1e3 * (ended - started))
 
-    def _launch_plain(self, context: Context, *, alone: bool) -> None:
+    def _launch_plain(self, context: Context, taps: frozenset[str], *, alone: bool) -> None:
         """Keep rounds of one row under way; `alone`: only this one, since a draft may follow."""
         requests, cache = context.requests, context.cache
         batch = padded_batch(len(requests))
@@ -185,9 +187,9 @@ class DeviceRounds:
         most = 1 if alone else min(1 + _AHEAD, max(r.remaining for r in requests))
         while len(self._flying) < most:
             entries = max(cache.lengths[: len(requests)]) + len(self._flying) + 1
-            self._launch(cache, inputs, lane, entries, batch)
+            self._launch(cache, inputs, lane, entries, batch, taps)
 
-    def _launch_drafted(self, context: Context, trees: list[Tree]) -> None:
+    def _launch_drafted(self, context: Context, trees: list[Tree], taps: frozenset[str]) -> None:
         requests, cache = context.requests, context.cache
         batch = padded_batch(len(requests))
         rows = padded_rows(1 + max(len(tree) for tree in trees))
@@ -201,7 +203,7 @@ class DeviceRounds:
             parents.append([-2, *(parent + 1 for parent in tree.parents), *([-2] * pad)])
             positions.append([length, *(length + depth for depth in tree.depths()), *([length] * pad)])
         self._upload(inputs, tokens, parents, positions, lengths)
-        self._launch(cache, inputs, lane, max(lengths) + rows, batch)
+        self._launch(cache, inputs, lane, max(lengths) + rows, batch, taps)
 
     def _upload(
         self,
@@ -246,12 +248,14 @@ class DeviceRounds:
                 self._lanes[key] = _Lane(batch, rows, self.fast.plan.vocabulary, self.fast.plan.device)
         return self._lanes[key]
 
-    def _launch(self, cache: BlockCache, inputs: Inputs, lane: _Lane, entries: int, batch: int) -> None:
+    def _launch(
+        self, cache: BlockCache, inputs: Inputs, lane: _Lane, entries: int, batch: int, taps: frozenset[str]
+    ) -> None:
         """Start one round on the tensors of a shape."""
         cache.reserve(slots=batch, capacity=entries)
         events = [torch.cuda.Event(enable_timing=True) for _ in range(3)]  # type: ignore[no-untyped-call]
         events[0].record()
-        outputs = self.fast.launch(inputs, cache, entries=entries, layer_ids=self._layer_ids)
+        outputs = self.fast.launch(inputs, cache, entries=entries, layer_ids=self._layer_ids, taps=taps)
         events[1].record()
         assert outputs.logits is not None  # asked for
         self._walk(cache, inputs, lane, outputs.logits)
@@ -259,7 +263,7 @@ class DeviceRounds:
         lane.turn = (lane.turn + 1) % len(lane.results)
         result.copy_(lane.emitted, non_blocking=True)
         events[2].record()
-        self._flying.append(_Flight(result, (events[0], events[1], events[2])))
+        self._flying.append(_Flight(result, outputs.taps, (events[0], events[1], events[2])))
 
     def _walk(self, cache: BlockCache, inputs: Inputs, lane: _Lane, logits: Tensor) -> None:
         graphs = self._graphs.setdefault(cache, {})
