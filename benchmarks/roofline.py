@@ -100,7 +100,7 @@ def time_passes(name: str, target: Target, rate: float, cases: list[tuple[int, i
     with torch.inference_mode():
         for batch, rows, context in cases:
             cache = target.new_cache(slots=batch, capacity=context + 512)
-            plan = target.fast.plan
+            plan = target.captured.plan
             cache.prepare(plan.key_heads, plan.head_size, plan.dtype, plan.device)
             for keys, values in cache.tensors():
                 keys.normal_()
@@ -108,12 +108,12 @@ def time_passes(name: str, target: Target, rate: float, cases: list[tuple[int, i
             cache.lengths[:] = [context] * batch
             trees = [Tree(list(range(5, 4 + rows)), [max(-1, (i - 1) // 2) for i in range(rows - 1)])] * batch
             block = Block.of([7] * batch, trees, cache.lengths, target.device)
-            inputs = target.fast.inputs(batch, rows)
-            target.fast._fill(inputs, block, rows)
+            inputs = target.captured.inputs(batch, rows)
+            target.captured._fill(inputs, block, rows)
             inputs.lengths.copy_(torch.tensor(cache.lengths))
 
             def fast(inputs: Any = inputs, cache: Any = cache, entries: int = context + rows) -> None:
-                target.fast.launch(inputs, cache, entries=entries, layer_ids=target.layer_ids)
+                target.captured.launch(inputs, cache, entries=entries, layer_ids=target.layer_ids)
 
             def slow(block: Any = block, cache: Any = cache) -> None:
                 target.through("readable").run(block, cache)
@@ -139,8 +139,9 @@ CANDIDATES = [
 
 def tile_job(shape: str, kind: str, rows: int, number: int, copies: int, pdl: bool) -> Any:
     """A closure that launches one kernel `copies` times on different weights, or None if it does not compile."""
-    from outpace.target.fast import linear as fast
     from outpace.target.fast.plan import Projection
+
+    from outpace.target.fast import linear as fast
 
     s = SHAPES[shape]
     h, inner, size = s["hidden_size"], s["intermediate_size"], s["head_dim"]

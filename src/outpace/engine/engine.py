@@ -231,7 +231,7 @@ class Engine:
 
     def _device_rounds(self) -> DeviceRounds | None:
         """The captured loop, where target, rule and drafter allow it."""
-        fast = self.target.fast
+        fast = self.target.captured
         if fast is None or self.rule_name != "path" or self.strict_rows:
             return None
         if self._device is None or self._device.fast is not fast:
@@ -318,7 +318,7 @@ class Engine:
     def _capacity(self, request: RequestContext) -> int:
         """Entries to hold for a request: on a GPU all that it may need, since growing there means capturing anew."""
         rows = 64
-        if self.target.fast is None:
+        if self.target.captured is None:
             return len(request.tokens) + rows
         return len(request.tokens) + min(request.remaining, 1024) + rows
 

@@ -11,7 +11,7 @@ import os
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, cast, get_args
 
 import torch
 from torch import nn
@@ -29,6 +29,7 @@ from outpace.target.taps import check_taps
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from outpace.target.fast.cpu import CpuPass
     from outpace.target.fast.graphs import FastPass
     from outpace.target.loading import Tokenizer
 
@@ -54,7 +55,7 @@ class _FastState:
     """The fast path of a model, shared by every view of it: made when first wanted, or the reason why there is none."""
 
     def __init__(self) -> None:
-        self.made: FastPass | None = None
+        self.made: FastPass | CpuPass | None = None
         self.reason: str | None = None
 
 
@@ -218,8 +219,8 @@ class Target:
         return other
 
     @property
-    def fast(self) -> FastPass | None:
-        """The captured passes of this model, or None (`path_reason` says why)."""
+    def fast(self) -> FastPass | CpuPass | None:
+        """The fast passes of this model, or None (`path_reason` says why)."""
         state = self._fast
         if self.path == "readable":
             return None
@@ -230,12 +231,19 @@ class Target:
         return state.made
 
     @property
+    def captured(self) -> FastPass | None:
+        """The fast passes, where they are captured graphs on a device."""
+        fast = self.fast
+        return cast("FastPass", fast) if fast is not None and fast.captured else None
+
+    @property
     def path_reason(self) -> str:
         """Why passes run as they do, in words."""
         if self.path == "readable":
             return "asked for: path='readable'"
-        if self.fast is not None:
-            return "fused kernels in captured graphs"
+        fast = self.fast
+        if fast is not None:
+            return "fused kernels in captured graphs" if fast.captured else "joined weights, fewer steps per layer"
         return self._fast.reason or ""
 
     @contextmanager
@@ -409,16 +417,21 @@ def _checked_path(path: str) -> PathName:
     raise ConfigError(f"unknown path {path!r}; {suggestion(path, get_args(PathName))}")
 
 
-def _make_fast(target: Target) -> tuple[FastPass | None, str | None]:
+def _make_fast(target: Target) -> tuple[FastPass | CpuPass | None, str | None]:
     """The fast path, or why there is none."""
-    if target.device.type != "cuda":
-        return None, f"no fast path on {target.device.type}"
-    if importlib.util.find_spec("triton") is None:
+    device = target.device.type
+    if device not in ("cpu", "cuda"):
+        return None, f"no fast path on {device}"
+    if device == "cuda" and importlib.util.find_spec("triton") is None:
         return None, "Triton is not installed (pip install triton)"
-    from outpace.target.fast.graphs import FastPass
-
     try:
         with torch.inference_mode(False), torch.no_grad():
+            if device == "cpu":
+                from outpace.target.fast.cpu import CpuPass
+
+                return CpuPass(target), None
+            from outpace.target.fast.graphs import FastPass
+
             return FastPass(target), None
     except UnsupportedError as error:
         return None, str(error)

@@ -5,8 +5,9 @@ from tensors on the device while the host reads the last one, and what was compu
 
     upload draft -> [pass graph] -> [walk graph: choose, walk, commit, advance] -> emitted, one copy to the host
 
-Serves plain decoding and drafters that choose their tokens and add no rows, under the path rule, for requests whose law is greedy or plain
-temperature sampling; everything else is played by the readable round, on top of the same captured passes.
+Serves plain decoding and drafters that choose their tokens and add no rows, under the path rule, for requests whose
+law is greedy or plain temperature sampling; everything else is played by the readable round, on top of the same
+captured passes.
 """
 
 from __future__ import annotations
@@ -286,7 +287,7 @@ class DeviceRounds:
                 spare = type(inputs).empty(inputs.batch, inputs.main, inputs.flat.device, chain=False)
                 work(lane.emitted.clone(), lane.path.clone(), lane.counts.clone(), torch.zeros_like(lane.counts), spare)
 
-            graphs[key] = self.fast.captured(
+            graphs[key] = self.fast.capture_work(
                 lambda: work(lane.emitted, lane.path, lane.counts, lane.counts, inputs),
                 f"a walk over {inputs.batch} x {inputs.main} rows",
                 warm,

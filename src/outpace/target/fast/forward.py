@@ -25,13 +25,10 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from outpace.target.adapters import GatedLoRA
-    from outpace.target.fast.plan import LayerPlan, Plan, Projection
+    from outpace.target.fast.plan import Joined, LayerPlan, Plan, Projection
 
 FEW_ROWS: Final = 64
 _LARGE: Final = 2048  # hidden size from which arithmetic on more than one tile of rows is no longer free
-
-Joined = tuple[tuple[str, int], ...]
-"""Modules that one joined product stands for: (name in the model, output width) each."""
 
 
 def few_rows(plan: Plan) -> int:

@@ -9,7 +9,7 @@ pieces keys are split into (a power of two) is fixed.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from time import perf_counter
 from typing import TYPE_CHECKING, Any, Final
@@ -19,11 +19,10 @@ import torch
 
 from outpace.errors import OutOfMemoryError, UnsupportedError
 from outpace.target.block import Block, Readout
-from outpace.target.families import part
-from outpace.target.fast.forward import Forward, Inputs, Joined, Outputs
+from outpace.target.fast.forward import Forward, Inputs, Outputs
 from outpace.target.fast.launch import dependent_launch
 from outpace.target.fast.linear import is_float
-from outpace.target.fast.plan import Plan, make_plan
+from outpace.target.fast.plan import Plan, joined_names, make_plan
 from outpace.target.fast.tree_attention import splits_for
 
 if TYPE_CHECKING:
@@ -97,6 +96,8 @@ class FastPass:
         UnsupportedError: if the model or the device cannot take this path, with the reason.
     """
 
+    captured = True
+
     def __init__(self, target: Target) -> None:
         if target.device.type != "cuda":
             raise UnsupportedError(f"captured passes need a CUDA device; this model is on {target.device}")
@@ -166,11 +167,11 @@ class FastPass:
                     scout_logits=scout_logits, adapter=adapter,
                 )  # fmt: skip
 
-            found = graphs[key] = self.captured(work, what)
+            found = graphs[key] = self.capture_work(work, what)
         result: Outputs = found()
         return result
 
-    def captured(self, work: Callable[[], Any], what: str, warm: Callable[[], Any] | None = None) -> Captured:
+    def capture_work(self, work: Callable[[], Any], what: str, warm: Callable[[], Any] | None = None) -> Captured:
         """Capture a piece of work into the shared pool.
 
         Raises:
@@ -279,30 +280,3 @@ def pack_bits(sees: Tensor) -> Tensor:
     weights = torch.ones((), dtype=torch.int64, device=sees.device) << torch.arange(32, device=sees.device)
     packed = (padded.view(batch, rows, words, 32) * weights).sum(-1)
     return torch.where(packed >= 1 << 31, packed - (1 << 32), packed).to(torch.int32)
-
-
-def joined_names(target: Target) -> list[dict[str, Joined]]:
-    """Which modules of the model each joined product of a layer stands for, with their widths."""
-    assert target.family is not None
-    model = target.model
-    known = {id(module): name for name, module in model.named_modules()}
-
-    def named(modules: Sequence[Any]) -> Joined:
-        return tuple((known[id(module)], int(module.weight.shape[0])) for module in modules)
-
-    result = []
-    for layer in part(model, target.family.layers):
-        attention, mlp = layer.self_attn, layer.mlp
-        qkv = [attention.qkv_proj] if hasattr(attention, "qkv_proj") else [
-            attention.q_proj, attention.k_proj, attention.v_proj
-        ]  # fmt: skip
-        gate_up = [mlp.gate_up_proj] if hasattr(mlp, "gate_up_proj") else [mlp.gate_proj, mlp.up_proj]
-        result.append(
-            {
-                "qkv": named(qkv),
-                "out": named([attention.o_proj]),
-                "gate_up": named(gate_up),
-                "down": named([mlp.down_proj]),
-            }
-        )
-    return result

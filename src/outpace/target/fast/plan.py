@@ -26,6 +26,10 @@ ACTIVATIONS: Final = {"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gel
 _STATIC_ROTARY: Final = frozenset({"default", "linear", "llama3", "yarn", "proportional"})
 
 
+Joined = tuple[tuple[str, int], ...]
+"""Modules that one joined product stands for: (name in the model, output width) each."""
+
+
 @dataclass(frozen=True, slots=True)
 class Projection:
     """A linear layer: weight [N, K], bias [N] or None."""
@@ -253,3 +257,30 @@ def _rotary_tables(target: Target, head_size: int) -> dict[str, tuple[Tensor, Te
             half = head_size // 2
             tables[kind] = (cos[0, :, :half].contiguous(), sin[0, :, :half].contiguous())
     return tables
+
+
+def joined_names(target: Target) -> list[dict[str, Joined]]:
+    """Which modules of the model each joined product of a layer stands for, with their widths."""
+    assert target.family is not None
+    model = target.model
+    known = {id(module): name for name, module in model.named_modules()}
+
+    def named(modules: Sequence[Any]) -> Joined:
+        return tuple((known[id(module)], int(module.weight.shape[0])) for module in modules)
+
+    result = []
+    for layer in part(model, target.family.layers):
+        attention, mlp = layer.self_attn, layer.mlp
+        qkv = [attention.qkv_proj] if hasattr(attention, "qkv_proj") else [
+            attention.q_proj, attention.k_proj, attention.v_proj
+        ]  # fmt: skip
+        gate_up = [mlp.gate_up_proj] if hasattr(mlp, "gate_up_proj") else [mlp.gate_proj, mlp.up_proj]
+        result.append(
+            {
+                "qkv": named(qkv),
+                "out": named([attention.o_proj]),
+                "gate_up": named(gate_up),
+                "down": named([mlp.down_proj]),
+            }
+        )
+    return result
