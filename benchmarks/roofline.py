@@ -139,9 +139,8 @@ CANDIDATES = [
 
 def tile_job(shape: str, kind: str, rows: int, number: int, copies: int, pdl: bool) -> Any:
     """A closure that launches one kernel `copies` times on different weights, or None if it does not compile."""
-    from outpace.target.fast.plan import Projection
-
     from outpace.target.fast import linear as fast
+    from outpace.target.fast.plan import Projection
 
     s = SHAPES[shape]
     h, inner, size = s["hidden_size"], s["intermediate_size"], s["head_dim"]
