@@ -46,10 +46,10 @@ def make_model(name="llama", *, seed=0, sharpness=5.0, dtype=torch.float32, **ch
     """A random model; `sharpness` scales its weights (the head more): laws neither flat nor one-hot."""
     config_class, model_class, extra = {**FAMILIES, **GENERIC}[name]
     config = config_class(**{**SHAPE, **extra, **changes})
-    with torch.random.fork_rng():
+    with torch.inference_mode(False), torch.random.fork_rng():  # shared models outlive the test that asks first
         torch.manual_seed(seed)
         model = model_class(config).to(dtype).eval()
-    with torch.no_grad():
+    with torch.inference_mode(False), torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() > 1:
                 parameter.mul_(sharpness)

@@ -274,7 +274,7 @@ class LearnedDrafter(Drafter):
         Raises:
             CheckpointError: if there are none, or they do not fit.
         """
-        if self._fitted is target:
+        if self._fitted is not None and self._fitted.model is target.model:
             return
         if self._fitted is not None:
             raise CheckpointError(
