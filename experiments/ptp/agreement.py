@@ -19,11 +19,11 @@ import transformers as hf
 from torch.nn import functional as F
 
 from outpace import Engine
-from outpace.drafters.learning import Recipe
 from outpace.drafters.ptp import Ptp
-from outpace.laws import Noise
+from outpace.laws import Noise, Settings, draw, warp
 from outpace.target import Target
 from outpace.train.packing import Document, assemble
+from outpace.train.schedule import rate
 from toy import COLOURS, Chain, load, plot, save
 
 SIZE = 8
@@ -69,8 +69,6 @@ def base_model(chain: Chain, steps: int) -> Target:
 
 def write_text(target: Target, count: int, seed: int) -> torch.Tensor:
     """[count, LENGTH] tokens the base model wrote under the preset, each after one random token."""
-    from outpace.laws import Settings, draw, warp
-
     generator = torch.Generator().manual_seed(seed)
     noise = Noise(seed)
     tokens = torch.randint(SIZE, (count, 1), generator=generator)
@@ -87,12 +85,11 @@ def train(
     target: Target, text: torch.Tensor, held_out: torch.Tensor, options: dict[str, Any], *, steps: int, every: int
 ) -> dict[str, Any]:
     """Train one drafter; the curve holds (step, leading-correct drafts + 1 on held-out text)."""
-    drafter = Ptp(**{"slots": 9, "rank": 16, **PRESET, **options})
+    drafter = Ptp(**{"slots": 9, "rank": 32, **PRESET, **options})
     drafter.recipe = drafter.recipe.replace(lr=4e-3, decay=1.0)
     drafter.initialise(target, seed=0)
-    optimizer = torch.optim.AdamW(drafter.module.parameters(), lr=drafter.recipe.lr, weight_decay=0.0)
-    schedule = Recipe(lr=drafter.recipe.lr)
-    from outpace.train.schedule import rate
+    recipe = drafter.recipe
+    optimizer = torch.optim.AdamW(drafter.module.parameters(), lr=recipe.lr, betas=recipe.betas, weight_decay=0.0)
 
     def batch(rows: torch.Tensor) -> Any:
         return assemble([[Document(row.numpy(), 1)] for row in rows], LENGTH, target)
@@ -106,10 +103,11 @@ def train(
                 found = drafter.objective(batch(held_out))
             curve.append((step, float(found.extra["emitted_per_round"])))
         for group in optimizer.param_groups:
-            group["lr"] = rate(schedule, step / steps)
+            group["lr"] = rate(recipe, step / steps)
         losses = drafter.objective(batch(text[torch.randint(len(text), (32,), generator=generator)]))
         optimizer.zero_grad()
         losses.total.backward()
+        torch.nn.utils.clip_grad_norm_(drafter.module.parameters(), recipe.clip)
         optimizer.step()
     return {"curve": curve, "seconds": round(time.perf_counter() - started), "drafter": drafter}
 
@@ -145,7 +143,7 @@ def run(steps: int) -> dict[str, Any]:
     return result
 
 
-def draw(axes: Any) -> None:
+def draw_curves(axes: Any) -> None:
     """Curves of agreement."""
     result = load("agreement")
     styles = {
@@ -171,4 +169,4 @@ if __name__ == "__main__":
     asked = parser.parse_args()
     if not asked.figure:
         save("agreement", run(asked.steps))
-    print(plot("ptp_agreement", draw))
+    print(plot("ptp_agreement", draw_curves))

@@ -160,10 +160,11 @@ def train(
     lr: float = 1e-3,
     seed: int = 0,
     examples: tuple[Tensor, Tensor] | None = None,
+    keep: bool = False,
 ) -> dict[str, Any]:
     """Train a student and measure it on fresh numbers: leading-correct tokens, accuracy per slot, seconds.
 
-    examples: (start, u) at which its guesses are wanted too.
+    examples: (start, u) at which its guesses are wanted too. keep: hand over the student.
     """
     torch.manual_seed(seed)
     size = chain.law.shape[0]
@@ -198,6 +199,7 @@ def train(
         "steps": steps,
         "seconds": round(time.perf_counter() - started, 1),
         **({"examples": guess(*examples)} if examples is not None else {}),
+        **({"student": student} if keep else {}),
     }
 
 
