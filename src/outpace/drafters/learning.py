@@ -329,6 +329,7 @@ class LearnedDrafter(Drafter):
         copy = type(self)(**{name: getattr(self, name) for name in self.options()})
         copy.restore(self.weights() if weights is None else weights, self.target)
         copy._take(self.target)
+        copy.recipe, copy.provenance = self.recipe, self.provenance
         return copy
 
     def _take(self, target: Target) -> None:
