@@ -20,7 +20,7 @@ import torch
 
 from outpace.errors import UnsupportedError
 from outpace.target import attention
-from outpace.target.families import part
+from outpace.target.families import cache_keyword, part
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -156,7 +156,7 @@ def _run(
                 attention_mask=masks[kind],
                 position_embeddings=angles[kind],
                 position_ids=positions,
-                past_key_values=ledger,
+                **{cache_keyword(layer): ledger},
                 use_cache=True,
             )
     return Reading(ledger.keys, ledger.values, positions, part(target.model, family.norm)(hidden))

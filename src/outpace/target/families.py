@@ -7,6 +7,7 @@ everything that needs no look below the top.
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
@@ -81,6 +82,11 @@ def part(model: nn.Module, path: str) -> Any:
     for name in path.split("."):
         found = getattr(found, name)
     return found
+
+
+def cache_keyword(module: Any) -> str:
+    """What `forward` of a model or layer calls the cache: "cache" since transformers 5.24, "past_key_values" before."""
+    return "cache" if "cache" in inspect.signature(module.forward).parameters else "past_key_values"
 
 
 def layer_types(config: Any, family: Family | None) -> list[str]:

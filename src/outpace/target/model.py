@@ -6,7 +6,6 @@ Knows no drafters, no requests and no text. The model's modules are used as they
 from __future__ import annotations
 
 import importlib.util
-import inspect
 import os
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
@@ -21,7 +20,7 @@ from outpace.target import attention
 from outpace.target.adapters import Gate, GatedLoRA, attach
 from outpace.target.block import Block, Readout
 from outpace.target.cache import ALIGN, BlockCache
-from outpace.target.families import Family, find_family, layer_types, part, refuse_what_cannot_rewind
+from outpace.target.families import Family, cache_keyword, find_family, layer_types, part, refuse_what_cannot_rewind
 from outpace.target.generic import GenericRunner
 from outpace.target.masks import additive_mask, block_visibility
 from outpace.target.taps import check_taps
@@ -373,8 +372,7 @@ class Target:
                 angles[kind] = rotary(hidden, positions)
             else:
                 angles[kind] = next(iter(angles.values()))
-        named = "cache" in inspect.signature(layers[0].forward).parameters  # its name since transformers 5.24
-        keyword = "cache" if named else "past_key_values"
+        keyword = cache_keyword(layers[0])
         adapter = block.scouts.adapter if joined and block.scouts is not None else None
         with self._gate.open(adapter, block.rows), attention.use_attention(self.config):
             for layer in ids:

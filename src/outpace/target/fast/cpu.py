@@ -1,8 +1,9 @@
 """Passes on a CPU: the model's own arithmetic in fewer and larger steps.
 
 Query, key and value come from one product, gate and up from another; rotation turns queries and keys together; masks,
-angles and the room for keys are made once per pass. Each step rounds where the model's modules round. On two cores a
-pass of a small model is bound by reading weights and by the number of products, so four a layer instead of seven pay.
+angles and the room for keys are made once per pass. Each step rounds where the model's modules round, so the two agree
+to the last bits a product of another width may differ in. On two cores a pass of a small model is bound by reading
+weights and by the number of products, so four a layer instead of seven pay.
 """
 
 from __future__ import annotations
@@ -135,8 +136,8 @@ class CpuPass:
 
     def _norm(self, x: Tensor, gamma: Tensor) -> Tensor:
         """RMS norm of the last dimension, in float32 as the models do it."""
-        wide = x if x.dtype == torch.float64 else x.float()
-        scaled = wide * torch.rsqrt(torch.linalg.vecdot(wide, wide)[..., None] / x.shape[-1] + self.plan.eps)
+        wide = x.float()
+        scaled = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.plan.eps)
         if self.plan.norm_shift:
             return (scaled * (gamma.to(wide.dtype) + self.plan.norm_shift)).to(x.dtype)
         return scaled.to(x.dtype) * gamma
