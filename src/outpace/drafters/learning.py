@@ -142,7 +142,7 @@ class Losses:
         return cls(
             total=total,
             sums=torch.stack([s.detach().float() for s in sums]),
-            counts=torch.tensor([float(s.shape[0]) for s in slots], device=total.device),
+            counts=torch.stack([total.new_full((), float(s.shape[0])) for s in slots]),  # no copy from the host
             hits=torch.stack([h.sum().float() for h in hits]),
             hit_map=hit_map,
         )
