@@ -78,7 +78,7 @@ def small_target(name="llama", dtype=torch.float32):
 def learned(name, spec):
     """A learned drafter with its initial weights: it guesses badly, and must not change a token."""
     drafter = make_drafter(spec)
-    drafter.initialise(target(name), seed=3)
+    drafter.initialise(name if isinstance(name, Target) else target(name), seed=3)
     return drafter
 
 
