@@ -28,7 +28,7 @@ def drafter_for(name, target):
     if name.startswith("draft_model"):
         draw = name.split()[1]
         return DraftModel(model=Target(copy.deepcopy(target.model)), draft_len=4, draw=draw)
-    return DRAFTERS[name](None)
+    return DRAFTERS[name](target)
 
 
 @pytest.mark.parametrize("drafter", DRAFTERS)

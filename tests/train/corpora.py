@@ -3,7 +3,7 @@
 from outpace.drafters.eagle import Eagle, Eagle3
 from outpace.drafters.medusa import Medusa
 from outpace.drafters.mtp import MTP, MTPHeads
-from outpace.train import Corpus, CorpusSettings, TrainSettings, Trainer, write_corpus
+from outpace.train import Corpus, CorpusSettings, Trainer, TrainSettings, write_corpus
 from outpace.train.prompts import PromptLine, PromptReport
 from tiny import PROMPTS, target
 

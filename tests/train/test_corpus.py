@@ -1,3 +1,4 @@
+import itertools
 import json
 
 import numpy as np
@@ -34,29 +35,22 @@ def test_documents_are_prompts_and_what_plain_decoding_says_to_them(tmp_path):
     assert documents.origin.seed == 5
 
 
-def test_a_stopped_run_goes_on_and_writes_no_shard_twice(tmp_path):
+def test_a_stopped_run_goes_on_and_writes_no_shard_twice(tmp_path, monkeypatch):
     lines = [PromptLine(f"p{i}", "", [*PROMPTS[i % 8], i % 40]) for i in range(24)]
     prompts = PromptReport(prompts=lines)
     settings = CorpusSettings(temperatures=(0.0, 1.0), max_new_tokens=6, shard=6, max_batch=8)
     whole = write_corpus(target(), prompts, tmp_path / "whole", settings)
     assert (whole.written, whole.left, whole.answers) == (8, 0, 48)
 
-    class Stop(Exception):
-        pass
-
     def stop(report, total):
         if report.written >= 2:
-            raise Stop
+            raise KeyboardInterrupt
 
-    import outpace.train.corpus as module
-
-    real = module.time.perf_counter
-    module.time.perf_counter = lambda ticks=iter(range(10**9)): next(ticks)  # every step shows progress
-    try:
-        with pytest.raises(Stop):
+    ticks = itertools.count()
+    with monkeypatch.context() as patched:
+        patched.setattr("outpace.train.corpus.time.perf_counter", lambda: next(ticks))  # every step shows progress
+        with pytest.raises(KeyboardInterrupt):
             write_corpus(target(), prompts, tmp_path / "parts", settings, progress=stop)
-    finally:
-        module.time.perf_counter = real
     rest = write_corpus(target(), prompts, tmp_path / "parts", settings)
     assert rest.found >= 2
     assert rest.found + rest.written == 8
@@ -81,9 +75,6 @@ def test_held_out_prompts_are_kept_and_not_answered(tmp_path):
 
 
 def test_long_prompts_and_empty_answers_are_counted(tmp_path):
-    class Ends:
-        """A target that ends at once."""
-
     settings = CorpusSettings(temperatures=(0.0,), max_prompt=10, max_new_tokens=4)
     report = write_corpus(target(), PromptReport(prompts=LINES), tmp_path / "a", settings)
     assert report.long_prompts == sum(len(p) > 10 for p in PROMPTS) > 0

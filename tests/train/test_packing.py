@@ -1,3 +1,5 @@
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -53,7 +55,7 @@ def test_a_batch_says_what_stands_where():
     bounds = batch.bounds.tolist()
     assert bounds[0] == 0
     assert bounds[-1] == batch.tokens.numel()
-    assert batch.longest == max(b - a for a, b in zip(bounds, bounds[1:], strict=False))
+    assert batch.longest == max(b - a for a, b in itertools.pairwise(bounds))
     spans = {}
     for row, documents in enumerate(packing.rows):
         at = 0

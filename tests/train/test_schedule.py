@@ -1,3 +1,5 @@
+import itertools
+
 import pytest
 
 from outpace.drafters.learning import Recipe
@@ -40,4 +42,4 @@ def test_by_the_clock_the_schedule_ends_when_the_time_does(slowdown):
             progress.plan(elapsed, pace)
     assert 97 <= elapsed <= 100 + 10 * slowdown
     assert shares[-1] == pytest.approx(1.0)
-    assert all(a < b for a, b in zip(shares, shares[1:], strict=False))
+    assert all(a < b for a, b in itertools.pairwise(shares))
