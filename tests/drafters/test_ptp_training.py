@@ -42,7 +42,7 @@ def task_of(drafter, **changes):
     fields = {
         "slots": drafter.slots, "density": drafter.density, "preset": drafter.preset, "beta": drafter.beta,
         "any_temperature": drafter.any_temperature, "inverse": drafter.inverse, "loss": drafter.recipe.loss,
-        "weights": drafter.recipe.replace(depths=drafter.slots).weights,
+        "decay": drafter.recipe.decay,
     }  # fmt: skip
     return objectives.Task(**{**fields, **changes})
 

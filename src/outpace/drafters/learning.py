@@ -246,6 +246,11 @@ class LearnedDrafter(Drafter):
         return self.needs.taps
 
     @property
+    def evaluation_temperature(self) -> float:
+        """Temperature at which training decodes held-out prompts: the one the drafter is made for."""
+        return 0.0
+
+    @property
     def shifts(self) -> tuple[int, ...]:
         """Distances from slot to label the objective will ask `Batch.slots_before` for."""
         return tuple(range(1, self.recipe.depths + 2))

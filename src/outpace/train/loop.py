@@ -382,7 +382,13 @@ class Trainer:
             return
         weights = self.drafter.weights()  # gathered by all, decoded by the first
         if self.ranks.first:
-            found = decode(self.drafter, prompts, max_new_tokens=self.settings.eval_tokens, weights=weights)
+            found = decode(
+                self.drafter,
+                prompts,
+                max_new_tokens=self.settings.eval_tokens,
+                temperature=self.drafter.evaluation_temperature,
+                weights=weights,
+            )
             self._said = found.outputs
             point = {"step": self.step, **found.as_dict()}
             self.curves.append(point)

@@ -90,6 +90,7 @@ class Ptp(LearnedDrafter):
         density: slots per token of a batch.
         beta: numbers lie in their intervals as Beta(beta, beta); 1 is uniform.
         inverse: learn without a teacher (categorical only).
+        attention: "flex" or "dense"; "auto" is flex on CUDA, dense elsewhere.
 
     Decoding:
 
@@ -105,11 +106,10 @@ class Ptp(LearnedDrafter):
 
     name: ClassVar[str] = "ptp"
     decoding: ClassVar[frozenset[str]] = frozenset(
-        {"density", "beta", "inverse", "budget", "min_gain", "branches", "draft_len", "read", "adaptive"}
+        {"density", "beta", "inverse", "attention", "budget", "min_gain", "branches", "draft_len", "read", "adaptive"}
     )
     default_recipe: ClassVar[Recipe] = Recipe(lr=1e-3, loss="hard", depths=8, decay=0.9, clip=1.0, weight_decay=0.0)
     needs = Needs(scouts=True, noise=True, adapter=True)
-    kernel: Kernel | None = None  # of training attention; None: flex on CUDA, dense elsewhere
     module: PtpModule
 
     def __init__(
@@ -128,6 +128,7 @@ class Ptp(LearnedDrafter):
         density: float = 1.0,
         beta: float = 1.0,
         inverse: bool = False,
+        attention: Kernel | Literal["auto"] = "auto",
         budget: int = 0,
         min_gain: float = -1.0,
         branches: int = 1,
@@ -146,6 +147,7 @@ class Ptp(LearnedDrafter):
         self.temperature, self.top_k, self.top_p, self.min_p = temperature, top_k, top_p, min_p
         self.any_temperature = any_temperature
         self.density, self.beta, self.inverse = density, beta, inverse
+        self.attention: Kernel | Literal["auto"] = attention
         self.budget, self.min_gain = budget, min_gain
         self.branches = branches
         self.draft_len = draft_len
@@ -182,6 +184,8 @@ class Ptp(LearnedDrafter):
             raise ConfigError(f"density and beta must be above 0, got {self.density} and {self.beta}")
         if self.inverse and self.mode != "categorical":
             raise ConfigError(f"inverse training needs mode='categorical', whose slots have laws; got {self.mode!r}")
+        if self.attention not in ("auto", *get_args(Kernel)):
+            raise ConfigError(f"attention must be auto, dense or flex, got {self.attention!r}")
         if self.read not in get_args(ReadMode):
             raise ConfigError(f"read must be one of {', '.join(get_args(ReadMode))}, got {self.read!r}")
         if self.read == "path" and not self.shape.law:
@@ -202,6 +206,11 @@ class Ptp(LearnedDrafter):
     def adapter(self) -> GatedLoRA | None:  # type: ignore[override]
         """The adapter of its slots, once it has weights."""
         return self.module.adapter if self._fitted is not None else None
+
+    @property
+    def evaluation_temperature(self) -> float:
+        """The preset's, or 1 where slots are told any."""
+        return 1.0 if self.any_temperature else self.temperature
 
     @property
     def training_taps(self) -> frozenset[str]:
@@ -241,8 +250,8 @@ class Ptp(LearnedDrafter):
             beta=self.beta,
             inverse=self.inverse,
             loss=recipe.loss,
-            weights=recipe.weights,
-            kernel=self.kernel,
+            decay=recipe.decay,
+            kernel=None if self.attention == "auto" else self.attention,
         )
         with torch.autocast(batch.tokens.device.type, enabled=False):  # laws need float32 and better, and say so
             return objective(batch, self.module, self.shape, task)

@@ -47,6 +47,8 @@ class PtpModule(nn.Module):
         self.embedding = NumberEmbedding(target.hidden_size, encoding if mode.reads else None, like=like)
         self.heat = nn.Parameter(torch.zeros(len(HEATS), target.hidden_size)) if any_temperature else None
         self.adapter = GatedLoRA.for_all_layers(target.model, rank, scale * rank)
+        self.heats: Tensor
+        self.register_buffer("heats", torch.tensor(HEATS), persistent=False)
         self.calibration = Calibration(slots - mode.silent)
         self.agreement = Agreement()
 
@@ -55,8 +57,8 @@ class PtpModule(nn.Module):
         embedded: Tensor = self.embedding(u)
         if self.heat is None:
             return embedded
-        at = torch.as_tensor(HEATS, device=u.device)
-        place = temperature.clamp(at[0], at[-1])
+        at = self.heats.float()
+        place = temperature.float().clamp(HEATS[0], HEATS[-1])
         above = torch.searchsorted(at, place.contiguous()).clamp_min(1)
         share = ((place - at[above - 1]) / (at[above] - at[above - 1]))[..., None]
         heat = self.heat.float()

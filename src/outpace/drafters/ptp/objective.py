@@ -47,7 +47,7 @@ class Task:
         beta: a number lies in its token's interval as a Beta(beta, beta) variable; 1 is uniform.
         inverse: infer numbers under the drafter's own laws, without the teacher.
         loss: "hard" (the corpus's token), "soft" or "kl" (the teacher's law), "reverse_kl".
-        weights: of each slot. kernel: of attention.
+        decay: weight of slot j is decay^j. kernel: of attention.
     """
 
     slots: int
@@ -57,7 +57,7 @@ class Task:
     beta: float
     inverse: bool
     loss: LossKind
-    weights: list[float]
+    decay: float
     kernel: Kernel | None = None
 
 
@@ -105,7 +105,7 @@ def objective(batch: Batch, module: PtpModule, mode: Mode, task: Task) -> Losses
     )
 
     predicted = windows.indices(mode.lead, length).flatten(1)
-    weights = torch.tensor(task.weights, device=u.device) * alive / (batch.answers * task.density)
+    weights = task.decay ** torch.arange(task.slots, device=u.device) * alive / (batch.answers * task.density)
     teacher = None
     if mode.law and task.loss != "hard":
         before = (predicted - 1)[..., None].expand(-1, -1, reading.hidden.shape[-1])
