@@ -43,8 +43,8 @@ class BenchConfig:
         compat: "spec-bench" adds the published way of counting beside ours.
         tasks: only these tasks of the suite; empty: all.
         per_task: at most so many questions of each task. share: that share of each task. Drawn by seed.
-        budget_s: stop before a block of trials that would not end within so many seconds of measuring. Prompts come in
-            a stratified order, so what was run is a stratified subsample.
+        budget_s: stop before a block of trials that would not end within so many seconds of warm-up and measuring.
+            Prompts come in a stratified order, so what was run is a stratified subsample.
         limit_s: cut a trial after so many seconds; None: ten times what plain decoding needs, at least 20 s.
         max_failures: after so many crashes or cuts a method is left out.
         warm_up_runs: most warm-up runs per method and prompt length; None: 1 on CPU, 5 elsewhere.

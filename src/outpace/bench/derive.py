@@ -76,7 +76,7 @@ def _harness(ledger: Ledger) -> dict[str, Any] | None:
     if us is None or not timed:
         return None
     rounds = sum(trial.rounds or 0 for trial in trials if trial.split_ms)
-    seconds = ledger.notes.get("stop", {}).get("seconds", 0.0)
+    seconds = ledger.notes.get("stop", {}).get("block_seconds", 0.0)
     return {
         "bookkeeping_us_per_round": us,
         "share_of_timed": us * rounds / 1e3 / timed,
@@ -105,7 +105,7 @@ class _Cell:
             r.prompt: why
             for r in records.get(self.base, ())
             if r.trial is not None
-            for why in (next(filter(None, (loops(a.tokens) for a in r.trial.answers)), None),)
+            for why in (next(filter(None, (loops(a.tokens or a.text.split()) for a in r.trial.answers)), None),)
             if why is not None
         }
 

@@ -12,10 +12,10 @@ import os
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, Final
+from typing import Any, ClassVar, Final
 from urllib.parse import urlsplit
 
-from outpace.bench.methods import Clock, Method
+from outpace.bench.methods import Clock, Kind, Method
 from outpace.bench.trials import Answer, Job, Trial
 from outpace.errors import ConfigError, UnsupportedError
 
@@ -35,7 +35,7 @@ class EndpointMethod(Method):
         ConfigError: if the URL is none.
     """
 
-    kind = "endpoint"
+    kind: ClassVar[Kind] = "endpoint"
 
     def __init__(self, name: str, url: str, model: str | None = None) -> None:
         parts = urlsplit(url)

@@ -6,7 +6,7 @@ end being at least 24 tokens long; or half of the answer's 8-grams had occurred 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from typing import Final
 
 REPEATS: Final = 3
@@ -16,7 +16,7 @@ SHARE: Final = 0.5
 LEAST_FOR_SHARE: Final = 64  # tokens below which the share says little
 
 
-def loops(tokens: Sequence[int]) -> str | None:
+def loops(tokens: Sequence[Hashable]) -> str | None:
     """What repeats, in words, or None."""
     end = _periodic_end(tokens)
     if end is not None:
@@ -27,7 +27,7 @@ def loops(tokens: Sequence[int]) -> str | None:
     return None
 
 
-def _periodic_end(tokens: Sequence[int]) -> tuple[int, int] | None:
+def _periodic_end(tokens: Sequence[Hashable]) -> tuple[int, int] | None:
     """(period, length) of an end that repeats a stretch often enough, the shortest such stretch; None without one.
 
     The Z function of the reversed text: z[p] counts how far the end agrees with itself p tokens earlier (linear time).
@@ -49,6 +49,6 @@ def _periodic_end(tokens: Sequence[int]) -> tuple[int, int] | None:
     return None
 
 
-def _repeated_share(tokens: Sequence[int]) -> float:
+def _repeated_share(tokens: Sequence[Hashable]) -> float:
     grams = [tuple(tokens[i : i + GRAM]) for i in range(len(tokens) - GRAM + 1)]
     return 1 - len(set(grams)) / len(grams) if grams else 0.0

@@ -28,6 +28,8 @@ Clock = Callable[[], float]
 
 PLAIN: Final = "plain"
 
+Kind = Literal["engine", "ceiling", "stock", "endpoint"]
+
 
 class Method(ABC):
     """Something that answers prompts.
@@ -39,7 +41,7 @@ class Method(ABC):
     """
 
     name: str
-    kind: ClassVar[Literal["engine", "stock", "endpoint"]]
+    kind: ClassVar[Kind]
     alone: bool = False
     follows: bool = False
 
@@ -79,7 +81,7 @@ class EngineMethod(Method):
         stand_down: overrides the config's.
     """
 
-    kind = "engine"
+    kind: ClassVar[Kind] = "engine"
 
     def __init__(
         self,
@@ -151,6 +153,7 @@ class CeilingMethod(EngineMethod):
         right: how many of its `draft_len` tokens are right, always.
     """
 
+    kind: ClassVar[Kind] = "ceiling"
     follows = True
 
     def __init__(self, target: Target, config: BenchConfig, *, right: int, draft_len: int = 7) -> None:

@@ -45,11 +45,11 @@ def same(plain: Answer, other: Answer) -> bool:
     return plain.tokens == other.tokens and plain.finish_reason == other.finish_reason
 
 
-def references(records: Iterable[Record]) -> dict[tuple[Cell, str], Record]:
-    """Plain decoding's first finished trial of every prompt: what the others are compared with."""
+def references(records: Iterable[Record], base: str = PLAIN) -> dict[tuple[Cell, str], Record]:
+    """The baseline's first finished trial of every prompt: what the others are compared with."""
     found: dict[tuple[Cell, str], Record] = {}
     for record in records:
-        if record.method == PLAIN and record.trial is not None:
+        if record.method == base and record.trial is not None:
             found.setdefault((record.cell, record.prompt), record)
     return found
 
@@ -117,10 +117,14 @@ def _output(answer: Answer, prompt: Sequence[int]) -> Output:
 
 
 def verdicts(ledger: Ledger, records: Sequence[Record], comparable: bool) -> dict[str, Any]:
-    """Counts over the answers of one method in one cell, by verdict, and the worst examples."""
-    counts = {"equal": 0, "near tie": 0, "differs": 0, "not audited": 0, "not comparable": 0}
+    """Counts over the answers of one method in one cell, by verdict, and the worst examples.
+
+    "same text" and "other text" are for answers without token ids: a word on them, and no verdict.
+    """
+    names = ("equal", "near tie", "differs", "not audited", "not comparable", "same text", "other text")
+    counts = dict.fromkeys(names, 0)
     examples: list[dict[str, Any]] = []
-    plain = references(ledger.records)
+    plain = references(ledger.records, ledger.header["methods"][0]["name"])
     seen: set[tuple[str, str]] = set()
     for record in records:
         base = plain.get((record.cell, record.prompt))
@@ -128,7 +132,9 @@ def verdicts(ledger: Ledger, records: Sequence[Record], comparable: bool) -> dic
             continue
         for index, (one, other) in enumerate(zip(base.trial.answers, record.trial.answers, strict=True)):
             prompt = f"{record.unit[index]}/{record.turn}"
-            if not comparable or not _asked_the_same(ledger, record, index):
+            if not other.tokens and other.text:
+                counts["same text" if one.text == other.text else "other text"] += 1
+            elif not comparable or not _asked_the_same(ledger, record, index):
                 counts["not comparable"] += 1
             elif same(one, other):
                 counts["equal"] += 1

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 Stop = Literal["done", "budget", "interrupted", "no baseline"]
 
 WARM_UP_TOKENS = 32
+WARM_UP_TOKENS_CPU = 8  # nothing is compiled there
 SETTLED = 0.02  # spread of three warm-up runs in a row
 FIRST_LIMIT_S = 600.0
 LEAST_LIMIT_S = 20.0
@@ -110,12 +111,12 @@ class Runner:
         self._blame_what_was_stuck()
         started = self.clock() - self.ledger.seconds
         spent: dict[Cell, list[float]] = {}
+        earlier = self.ledger.notes.get("stop", {}).get("block_seconds", 0.0)
         stop: Stop = "done"
         try:
             missing = [block for block in blocks if not self._finished(block)]
             if missing:
                 self._warm_up(missing)
-                started = self.clock() - self.ledger.seconds  # warm-up is not measuring
             for index, block in enumerate(blocks):
                 if self._finished(block):
                     continue
@@ -136,7 +137,9 @@ class Runner:
                 method.close()
         if self.last_resort is not None:
             self.last_resort.close()
-        self.ledger.note("stop", {"reason": stop, "blocks": len(blocks), "seconds": self.clock() - started})
+        inside = earlier + sum(map(sum, spent.values()))
+        seconds = self.clock() - started
+        self.ledger.note("stop", {"reason": stop, "blocks": len(blocks), "seconds": seconds, "block_seconds": inside})
         return stop
 
     def struck(self, name: str) -> str | None:
@@ -298,7 +301,7 @@ class Runner:
         """Open a method again after a failure, and let it decode a few tokens before it is timed."""
         method.open()
         self._fresh.add(method.name)
-        method.answer([_short(job) for job in jobs], self.clock)
+        method.answer([self._short(job) for job in jobs], self.clock)
 
     def _warm_up(self, blocks: Sequence[Block]) -> None:
         """Every method on a short, a middling and a long prompt, until three runs in a row agree or patience ends."""
@@ -343,12 +346,12 @@ class Runner:
         jobs.sort(key=lambda made: max(len(job.ids) or len(job.messages[0]["content"]) for job in made))
         places = sorted({0, len(jobs) // 2, len(jobs) - 1}) if jobs else []
         if self.target is not None and self.target.device.type == "cpu":
-            places = places[len(places) // 2 : len(places) // 2 + 1]  # nothing is compiled there: one length is enough
+            places = places[:1]  # nothing is compiled there: one length is enough
         return [jobs[place] for place in places]
 
     def _settle(self, method: Method, jobs: Sequence[Job], runs: int) -> bool:
         """Answer until three runs agree; whether they did. One run on request is taken as settled."""
-        short = [_short(job) for job in jobs]
+        short = [self._short(job) for job in jobs]
         times: list[float] = []
         for _ in range(runs):
             if method.follows:
@@ -362,6 +365,12 @@ class Runner:
             if len(last) == 3 and max(last) <= (1 + SETTLED) * min(last):
                 return True
         return runs < 3
+
+    def _short(self, job: Job) -> Job:
+        """The job with a few tokens only."""
+        on_cpu = self.target is not None and self.target.device.type == "cpu"
+        few = min(WARM_UP_TOKENS_CPU if on_cpu else WARM_UP_TOKENS, job.settings.max_new_tokens)
+        return Job(job.ids, job.messages, job.settings.replace(max_new_tokens=few))
 
     def _blame_what_was_stuck(self) -> None:
         """A trial that an earlier session could not end: its method is left out from here on."""
@@ -385,11 +394,6 @@ class Runner:
 
 def _ids(block: Block) -> tuple[str, ...]:
     return tuple(question.id for question in block.unit)
-
-
-def _short(job: Job) -> Job:
-    few = min(WARM_UP_TOKENS, job.settings.max_new_tokens)
-    return Job(job.ids, job.messages, job.settings.replace(max_new_tokens=few))
 
 
 def _why(error: BaseException, limit: float) -> tuple[Status, str]:

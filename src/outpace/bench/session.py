@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from outpace.bench.derive import derive
 from outpace.bench.endpoint import endpoint_methods
 from outpace.bench.ledger import Ledger
 from outpace.bench.machine import describe_machine, describe_state, describe_target, measure_floor
-from outpace.bench.methods import PLAIN, CeilingMethod, EngineMethod, Method, engine_methods
+from outpace.bench.methods import PLAIN, EngineMethod, Method, engine_methods
 from outpace.bench.overhead import bookkeeping_us_per_round
 from outpace.bench.parity import audit_differences, prompt_name, references, settings_of
 from outpace.bench.published import PublishedAnswer, published_figures
@@ -85,6 +87,12 @@ def bench_endpoints(
     return run.result()
 
 
+def _command() -> str:
+    """What was typed, without the place of the program."""
+    program = Path(sys.argv[0]).name
+    return shlex.join(["outpace" if program in ("outpace", "__main__.py") else program, *sys.argv[1:]])
+
+
 class _Run:
     """The steps of a run, in order."""
 
@@ -125,7 +133,7 @@ class _Run:
             "target": describe_target(self.target) if self.target is not None else {"name": self.methods[0].name},
             "machine": describe_machine(device),
             "methods": [self._describe(method) for method in self.methods],
-            "command": " ".join(sys.argv),
+            "command": _command(),
             "started": time.strftime("%Y-%m-%d %H:%M:%S"),
         }
         if self.target is not None and not self.ledger.header:
@@ -164,15 +172,17 @@ class _Run:
 
     def _replays(self, target: Target) -> list[dict[str, Any]]:
         """Answers of different tasks, decoded once more by every drafter that is still in."""
-        chosen: list[Record] = []
-        for (cell, _), record in references(self.ledger.records).items():
-            alike = [r for r in chosen if (r.task, r.cell) == (record.task, record.cell)]
-            if cell.batch == min(self.config.batch_sizes) and record.turn == 0 and not alike:
-                chosen.append(record)
-        drafting = [m for m in self.methods if isinstance(m, EngineMethod) and m.name != PLAIN]
-        drafting = [m for m in drafting if not isinstance(m, CeilingMethod) and self.runner.struck(m.name) is None]
+        chosen = self._worth_showing()
+        drafting = [
+            method
+            for method in self.methods
+            if isinstance(method, EngineMethod)
+            and method.kind == "engine"
+            and method.name != PLAIN
+            and self.runner.struck(method.name) is None
+        ]
         found = []
-        for record in chosen[: self.config.replays]:
+        for record in chosen:
             question = next(q for q in self.suite.questions if q.id == record.unit[0])
             ids = self.ledger.prompts[prompt_name(record.cell, f"{question.id}/0")]
             job = Job(tuple(ids), (), settings_of(record.cell, self.config, question.number))
@@ -187,6 +197,27 @@ class _Run:
                 }
             )
         return found
+
+    def _worth_showing(self) -> list[Record]:
+        """Prompts of different tasks on whose answers drafts were accepted most, by any method."""
+        accepted: dict[tuple[Cell, str], int] = {}
+        for record in self.ledger.records:
+            if record.trial is not None:
+                count = sum(one[1] for one in record.trial.answers[0].rounds)
+                place = (record.cell, record.prompt)
+                accepted[place] = max(accepted.get(place, 0), count)
+        plain = references(self.ledger.records)
+        first = [
+            record
+            for (cell, _), record in plain.items()
+            if cell.batch == min(self.config.batch_sizes) and record.turn == 0
+        ]
+        first.sort(key=lambda record: -accepted[record.cell, record.prompt])
+        chosen: list[Record] = []
+        for record in first:
+            if all(record.task != other.task for other in chosen):
+                chosen.append(record)
+        return chosen[: self.config.replays]
 
     def _published(self, target: Target) -> dict[str, Any]:
         """Spec-Bench's own counting of every method, against stock decoding where that was measured."""

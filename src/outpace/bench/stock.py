@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
-from outpace.bench.methods import Clock, Method, wait_for
+from outpace.bench.methods import Clock, Kind, Method, wait_for
 from outpace.bench.trials import Answer, Job, Trial
 from outpace.errors import ConfigError
 
@@ -36,7 +36,7 @@ class StockMethod(Method):
         ConfigError: if the spec is not of that form.
     """
 
-    kind = "stock"
+    kind: ClassVar[Kind] = "stock"
 
     def __init__(self, target: Target, spec: str) -> None:
         self.name = spec

@@ -8,12 +8,14 @@ import typer
 from typer.core import TyperGroup
 
 from outpace import __version__
+from outpace.cli.bench import bench
 from outpace.cli.check import check
 from outpace.cli.demo import demo
 from outpace.cli.doctor import doctor
 from outpace.cli.generate import generate
 from outpace.cli.options import FAILED, INTERRUPTED, WRONG_USAGE, wants_traceback
 from outpace.cli.render import complain
+from outpace.cli.widen import widen
 from outpace.errors import ConfigError, OutpaceError
 
 
@@ -63,3 +65,5 @@ app.command()(generate)
 app.command()(check)
 app.command()(doctor)
 app.command()(demo)
+app.add_typer(bench, help="Measure drafters on your model, your machine, your prompts.")
+app.command()(widen)
