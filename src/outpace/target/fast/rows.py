@@ -87,7 +87,7 @@ def _place_kernel(
         slot = tl.load(SLOTS + row // R)
         which = (head - HEADS) % KEY_HEADS
         to = ((slot * KEY_HEADS + which) * capacity + entry) * SIZE + at
-        keep = real & (entry < capacity)
+        keep = real & (entry + 0 * at < capacity)  # a tensor: the interpreter takes no scalar mask
         if head < HEADS + KEY_HEADS:
             tl.store(KEYS + to, one.to(KEYS.dtype.element_ty), mask=keep)
             tl.store(KEYS + to + half, two.to(KEYS.dtype.element_ty), mask=keep)

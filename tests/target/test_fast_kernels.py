@@ -1,0 +1,127 @@
+"""The CUDA kernels without CUDA: Triton's interpreter runs them on a CPU, against the model's own modules.
+
+Where a GPU is there, tests/gpu runs the compiled kernels instead.
+"""
+
+import os
+
+import pytest
+import torch
+
+if torch.cuda.is_available():
+    pytest.skip("a GPU is there: tests/gpu runs the compiled kernels", allow_module_level=True)
+pytest.importorskip("triton", reason="needs Triton (in the dev extra on Linux)")
+if os.environ.get("TRITON_INTERPRET") != "1":
+    pytest.skip("needs TRITON_INTERPRET=1 before Triton is imported (tests/conftest.py)", allow_module_level=True)
+
+from outpace.engine.device.kernels import Chooser, advance, walk
+from outpace.laws import Noise, NoiseDice, Sampler, Settings, Tree
+from outpace.laws.rules import walk_path
+from outpace.target import Block, Target
+from outpace.target.fast import forward as forward_module
+from outpace.target.fast.entries import keep_entries, pointer_table
+from outpace.target.fast.forward import Forward, Inputs
+from outpace.target.fast.graphs import pack_bits
+from outpace.target.fast.plan import joined_names, make_plan
+from tiny import PROMPTS, make_model
+
+TAPS = ("in:1", "pre_norm", "post_norm")
+
+
+def gap(found, wanted):
+    return float((found - wanted).abs().max() / wanted.abs().max())
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("few", [True, False], ids=["fused", "rows"])
+@pytest.mark.parametrize("name", ["llama", "qwen2", "gemma3", "olmo2"])
+def test_a_ragged_tree_gives_the_modules_numbers(name, few, monkeypatch):
+    monkeypatch.setattr(forward_module, "few_rows", lambda plan: 64 if few else 0)
+    layers = 6 if name == "gemma3" else 2
+    target = Target(make_model(name, num_hidden_layers=layers, sharpness=4.0), path="readable")
+    plan = make_plan(target)
+    cache = target.new_cache(slots=2)
+    for slot, prompt in enumerate([PROMPTS[0], PROMPTS[4]]):
+        target.prefill(prompt, cache, slot=slot)
+    trees = [Tree([1, 2, 3, 4], [-1, 0, 0, -1]), Tree([7, 8], [-1, 0])]
+    block = Block.of([9, 11], trees, cache.lengths, target.device)
+    wanted = target.run(block, cache, taps=TAPS)
+    cache.drop()
+    rows = block.rows
+    inputs = Inputs.empty(2, rows, target.device, chain=False)
+    inputs.tokens.copy_(block.tokens)
+    inputs.positions.copy_(block.positions.reshape(-1))
+    inputs.lengths.copy_(torch.tensor(cache.lengths))
+    inputs.bits.copy_(pack_bits(block.sees).view(2 * rows, -1))
+    run = Forward(plan, target.model.get_input_embeddings(), joined_names(target), pdl=False)
+    found = run(inputs, cache.tensors(), splits=2, layer_ids=target.layer_ids, taps=TAPS)
+    assert gap(found.logits, wanted.logits) < 1e-5
+    assert max(gap(found.taps[tap], wanted.taps[tap]) for tap in TAPS) < 1e-5
+
+
+def _signed(word):
+    return word - (1 << 64) if word >= 1 << 63 else word
+
+
+@torch.inference_mode()
+def test_choosing_and_walking_are_the_path_rule():
+    batch, rows, vocabulary = 3, 5, 4500  # three tiles, the last one not full
+    logits = 3 * torch.randn(batch, rows, vocabulary, generator=torch.Generator().manual_seed(0))
+    logits[0, 0, [7, 4000]] = float(logits[0, 0].max()) + 1  # a tie: the lower id
+    temperatures, seeds, requests = [0.0, 0.8, 1.3], [1, 2**63 + 5, 7], [0, 3, 2**63 + 1]
+    prefixes = [[0] * 4, [0] * 9, [0] * 2]
+    depths = [0, 1, 1, 2, 3]
+    positions = torch.tensor([[len(p) - 1 + d for d in depths] for p in prefixes])
+    samplers = [
+        Sampler(Settings(temperature=t, seed=s), NoiseDice(Noise(s), r))
+        for t, s, r in zip(temperatures, seeds, requests, strict=True)
+    ]
+    chooser = Chooser(batch * rows, vocabulary, logits.device)
+    chosen = chooser(
+        logits, torch.tensor(temperatures), torch.tensor([_signed(s) for s in seeds]),
+        torch.tensor([_signed(r) for r in requests]), positions.view(-1), sampled=True,
+    ).view(batch, rows)  # fmt: skip
+    for b, sampler in enumerate(samplers):
+        for row in range(rows):
+            assert int(chosen[b, row]) == sampler.choose(logits[b, row], [0] * (int(positions[b, row]) + 1))
+    parents = torch.tensor([[-2, 0, 0, 1, 3]] * batch)
+    tokens = torch.tensor([[9, int(chosen[b, 0]), 1, int(chosen[b, 1]), 2] for b in range(batch)])
+    tokens[2, 1], tokens[2, 2] = 5, chosen[2, 0]  # the second child is the right one
+    emitted = torch.zeros(batch, rows + 1, dtype=torch.int64)
+    path, counts = torch.zeros(batch, rows, dtype=torch.int64), torch.zeros(batch, dtype=torch.int64)
+    walk(tokens, parents, chosen.reshape(-1).contiguous(), emitted, path, counts)
+    for b, sampler in enumerate(samplers):
+        wanted = walk_path(Tree(tokens[b, 1:].tolist(), [-1, -1, 0, 2]), logits[b], sampler, prefixes[b], 0)
+        count = int(counts[b])
+        assert tuple(emitted[b, 1 : count + 1].tolist()) == wanted.tokens
+        assert tuple(path[b, 1:count].tolist()) == tuple(node + 1 for node in wanted.nodes)
+    lengths, where = torch.tensor([3, 8, 1]), positions.reshape(-1).clone()
+    advance(emitted, counts, tokens, where, lengths)
+    assert lengths.tolist() == [3 + int(counts[0]), 8 + int(counts[1]), 1 + int(counts[2])]
+    assert tokens[:, 0].tolist() == [int(emitted[b, counts[b]]) for b in range(batch)]
+    assert where.view(batch, rows)[:, 0].tolist() == lengths.tolist()
+
+
+@torch.inference_mode()
+def test_no_law_is_no_token():
+    logits = torch.full((1, 2, 50), float("nan"))
+    chooser = Chooser(2, 50, logits.device)
+    one = torch.zeros(1, dtype=torch.int64)
+    for heat in (0.0, 1.0):
+        assert chooser(
+            logits, torch.tensor([heat]), one, one, torch.zeros(2, dtype=torch.int64), sampled=True
+        ).tolist() == [-1, -1]
+
+
+@torch.inference_mode()
+def test_an_accepted_branch_moves_in_every_layer_and_a_chain_stays():
+    tensors = [(torch.randn(3, 2, 16, 8), torch.randn(3, 2, 16, 8)) for _ in range(2)]
+    before = [[t.clone() for t in pair] for pair in tensors]
+    path, counts = torch.tensor([[0, 2, 5, 0], [0, 1, 0, 0]]), torch.tensor([3, 2])
+    lengths, slots = torch.tensor([4, 7]), torch.tensor([2, 0])
+    keep_entries(pointer_table(tensors), tensors[0][0], path, counts, lengths, slots)
+    for pair, old in zip(tensors, before, strict=True):
+        for tensor, was in zip(pair, old, strict=True):
+            assert torch.equal(tensor[2, :, 4:7], was[2, :, [4, 6, 9]])
+            assert torch.equal(tensor[0], was[0])
+            assert torch.equal(tensor[1], was[1])
