@@ -7,6 +7,8 @@ import transformers as hf
 
 from outpace.drafters import make_drafter
 from outpace.drafters.draft_model import DraftModel
+from outpace.drafters.eagle import Eagle
+from outpace.drafters.growth import DEFAULT_PATHS
 from outpace.target import Target
 
 VOCABULARY = 40
@@ -77,7 +79,7 @@ def small_target(name="llama", dtype=torch.float32):
 
 def learned(name, spec):
     """A learned drafter with its initial weights: it guesses badly, and must not change a token."""
-    drafter = make_drafter(spec)
+    drafter = make_drafter(spec) if isinstance(spec, str) else spec
     drafter.initialise(name if isinstance(name, Target) else target(name), seed=3)
     return drafter
 
@@ -94,7 +96,7 @@ DRAFTERS = {
     "medusa": lambda name: learned(name, "medusa:heads=3,nodes=12,vocabulary=30"),
     "mtp": lambda name: learned(name, "mtp:draft_len=3,branches=2,nodes=6,vocabulary=0"),
     "mtp_heads": lambda name: learned(name, "mtp_heads:heads=2,nodes=6,vocabulary=30"),
-    "eagle": lambda name: learned(name, "eagle"),
+    "eagle": lambda name: learned(name, Eagle(paths=DEFAULT_PATHS[:9])),
     "eagle2": lambda name: learned(name, "eagle2:draft_len=3,branches=3,nodes=8"),
     "eagle3": lambda name: learned(name, "eagle3:draft_len=4,branches=3,nodes=10,vocabulary=30"),
     "eagle3 chain": lambda name: learned(name, "eagle3:draft_len=4,branches=1,nodes=4,layers=2,vocabulary=0"),
