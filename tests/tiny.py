@@ -7,6 +7,8 @@ import transformers as hf
 
 from outpace.drafters import make_drafter
 from outpace.drafters.draft_model import DraftModel
+from outpace.drafters.eagle import Eagle
+from outpace.drafters.growth import DEFAULT_PATHS
 from outpace.target import Target
 
 VOCABULARY = 40
@@ -74,13 +76,11 @@ def small_target(name="llama", dtype=torch.float32):
     small.load_state_dict({k: v.clone() for k, v in big.state_dict().items() if k in known})
     return Target(small)
 
-
-def learned(name, spec, *, shaken=False):
-    """A learned drafter with its initial weights: it guesses badly, and must not change a token.
-
-    shaken: every weight random, also those that start at zero (the up-projections of an adapter).
-    """
-    drafter = make_drafter(spec)
+    drafter.initialise(name if isinstance(name, Target) else target(name), seed=3)
+    if shaken:
+        generator = torch.Generator().manual_seed(4)
+        for parameter in drafter.module.parameters():
+            parameter.data.normal_(std=0.3, generator=generator)
     drafter.initialise(name if isinstance(name, Target) else target(name), seed=3)
     if shaken:
         generator = torch.Generator().manual_seed(4)
@@ -107,7 +107,7 @@ DRAFTERS = {
     "medusa": lambda name: learned(name, "medusa:heads=3,nodes=12,vocabulary=30"),
     "mtp": lambda name: learned(name, "mtp:draft_len=3,branches=2,nodes=6,vocabulary=0"),
     "mtp_heads": lambda name: learned(name, "mtp_heads:heads=2,nodes=6,vocabulary=30"),
-    "eagle": lambda name: learned(name, "eagle"),
+    "eagle": lambda name: learned(name, Eagle(paths=DEFAULT_PATHS[:9])),
     "eagle2": lambda name: learned(name, "eagle2:draft_len=3,branches=3,nodes=8"),
     "eagle3": lambda name: learned(name, "eagle3:draft_len=4,branches=3,nodes=10,vocabulary=30"),
     "eagle3 chain": lambda name: learned(name, "eagle3:draft_len=4,branches=1,nodes=4,layers=2,vocabulary=0"),

@@ -66,9 +66,7 @@ class RMSNorm(nn.Module):
 
 
 class Rotary(nn.Module):
-    """Rotary angles with the target's own frequencies (Su et al. 2021)."""
-
-    frequencies: Tensor
+    """Rotary angles with the target's own frequencies (Su et al. 2021), in float32 whatever the module is cast to."""
 
     def __init__(self, target: Target, head_size: int) -> None:
         super().__init__()
@@ -79,11 +77,12 @@ class Rotary(nn.Module):
             rope = getattr(target.config, "rope_parameters", None) or {}
             theta = float(rope.get("rope_theta", 0) or getattr(target.config, "rope_theta", 0) or 10_000.0)
             found = theta ** -(torch.arange(0, head_size, 2, dtype=torch.float32) / head_size)
-        self.register_buffer("frequencies", found.detach().float().to(target.device).clone(), persistent=False)
+        # in a tuple, not a buffer: cast to bfloat16 with the module, an angle at position 1000 would be off by a radian
+        self._frequencies = (found.detach().float().to(target.device).clone(),)
 
     def forward(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Positions [B, R] -> (cos, sin), each [B, R, 1, head size] float32."""
-        angles = positions[..., None].float() * self.frequencies.float()
+        angles = positions[..., None].float() * self._frequencies[0]
         angles = torch.cat([angles, angles], -1)[:, :, None]
         return angles.cos(), angles.sin()
 

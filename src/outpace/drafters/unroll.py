@@ -166,7 +166,7 @@ def _causal_forward(
         if lse.shape != (q.shape[1], q.shape[0]):
             raise UnsupportedError(
                 f"this build's flash attention gives normalisers of shape {tuple(lse.shape)} for {q.shape[0]} rows of "
-                f"{q.shape[1]} heads; train with --attention dense"
+                f"{q.shape[1]} heads; this PyTorch cannot train unrolled drafters on a GPU"
             )
         return out, lse.T.contiguous(), tuple(state)
     outs, lses = [], []

@@ -51,7 +51,7 @@ class TrainSettings:
     Attributes:
         steps, minutes: length of the run; neither: `recipe.epochs` passes over the corpus. Both: refused.
         seed: of initial weights, row order and noise.
-        optimizer: "flash" (bf16 weights with residuals, 8-bit moments; outpace.optim) or "adamw" (float32, torch).
+        optimizer: "flash" (float32 weights, 8-bit moments; outpace.optim) or "adamw" (float32, torch).
         parallel: "ddp" or "fsdp", with several processes.
         eval_every: steps between evaluations by the decode loop, 0 for one at the end. eval_prompts, eval_tokens: how
             many held-out prompts, how many tokens each.
