@@ -76,11 +76,13 @@ def small_target(name="llama", dtype=torch.float32):
     small.load_state_dict({k: v.clone() for k, v in big.state_dict().items() if k in known})
     return Target(small)
 
-    drafter.initialise(name if isinstance(name, Target) else target(name), seed=3)
-    if shaken:
-        generator = torch.Generator().manual_seed(4)
-        for parameter in drafter.module.parameters():
-            parameter.data.normal_(std=0.3, generator=generator)
+
+def learned(name, spec, *, shaken=False):
+    """A learned drafter with its initial weights: it guesses badly, and must not change a token.
+
+    shaken: every weight random, also those that start at zero (the up-projections of an adapter).
+    """
+    drafter = make_drafter(spec) if isinstance(spec, str) else spec
     drafter.initialise(name if isinstance(name, Target) else target(name), seed=3)
     if shaken:
         generator = torch.Generator().manual_seed(4)
