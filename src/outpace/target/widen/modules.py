@@ -81,11 +81,11 @@ def _vector(widening: Widening, name: str, small: Tensor, large: Tensor) -> Tens
 
 
 def _constants(widening: Widening, size: int) -> set[int]:
-    """Places of the constant entry, in every hidden state that a dimension of this size may hold."""
-    width = widening.shape.hidden_size
-    if size % width or not widening.constant:
+    """Places of the constants, in every hidden state that a dimension of this size may hold."""
+    width, first = widening.shape.hidden_size, widening.small.hidden_size
+    if size % width:
         return set()
-    return {start + widening.small.hidden_size for start in range(0, size, width)}
+    return {start + first + i for start in range(0, size, width) for i in range(widening.constants)}
 
 
 def _projection(name: str) -> str:

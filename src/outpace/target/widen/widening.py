@@ -4,15 +4,16 @@ Every weight of the large shape is read and multiplied; those that were added ar
 zero. What a drafter accepts on real text can thus be timed at the price of a model nobody had to download. The idea is
 that of function-preserving growth (Chen et al. 2016, Net2Net), with these pieces for a Llama block:
 
-* The residual stream is [x, c, 0, ..., 0]. Whatever reads the zeros may be random; whatever writes them is zero.
-* RMSNorm over H' numbers instead of H: its weight shrinks by sqrt(H / H'). The constant c does the work of half of
-  eps, exactly: c^2 = H eps / 2 and eps' = eps H / (2 H').
+* The residual stream is [x, c .. c, 0 .. 0]. Whatever reads the zeros may be random; whatever writes them is zero.
+* RMSNorm over H' numbers instead of H: its weight shrinks by sqrt(H / H'). The m constants do the work of half of eps,
+  exactly: m c^2 = H eps / 2 and eps' = eps H / (2 H'). Norms inside the layers give them a weight of zero.
 * Rotary frequencies: a base of theta^(D' / D) gives the first D / 2 of D' / 2 pairs the frequencies of the small head.
   Queries grow by sqrt(D' / D), because attention divides by the root of the head size.
 * A key head whose group is larger than the new groups is copied to several.
 * Added units, heads and layers get values of zero (up_proj, v_proj), so what follows them (down_proj, o_proj) is free.
-* Added vocabulary never has mass: c times a huge number overflows to a logit of minus infinity. A tied shape gets a
-  head of its own for that: more memory, the same pass.
+* Added vocabulary never has mass: the last norm lets the constants through, faintly, and the head multiplies them by so
+  much that the logit overflows to minus infinity. They are many so that each can be small: a drafter that norms the
+  last norm's output must not find it full of them. A tied shape gets a head of its own: more memory, the same pass.
 
 Knows no drafters. Tensors come one by one, so that a shape larger than memory can be written to disk.
 """
@@ -34,8 +35,11 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 _STD: Final = 0.02
-_GAIN: Final = 1e6  # of the constant in the last norm
-_NEVER: Final = -3e38  # times the constant after that norm: minus infinity in float32 and bfloat16
+_CONSTANTS: Final = 128  # entries of the residual stream that stay as they are
+_NEVER: Final = -3e38  # summed over the constants behind the last norm, times 1.13 or more: minus infinity
+_OVERFLOW: Final = 1.5
+_HEADROOM: Final = 10.0  # times the largest state seen in a probe: up to there the logits overflow
+_PROBE: Final = 64  # tokens
 
 
 class Widening:
@@ -48,7 +52,8 @@ class Widening:
 
     Attributes:
         shape: what will be built. label: what reports call the result.
-        constant: the value c of the constant entry of the residual stream (0.0 without one).
+        constants: how many entries of the residual stream, behind the model's own, are constant.
+        constant: their value c.
         copies: how many key heads of the shape one of the model's becomes.
 
     Raises:
@@ -83,7 +88,8 @@ class Widening:
         self.copies = math.ceil((heads // key_heads) / (large.num_attention_heads // large.num_key_value_heads))
         self._refuse_what_does_not_fit()
         eps = float(config.rms_norm_eps)
-        self.constant = math.sqrt(small.hidden_size * eps / 2) if self._grown else 0.0
+        self.constants = min(_CONSTANTS, large.hidden_size - small.hidden_size)
+        self.constant = math.sqrt(small.hidden_size * eps / 2 / self.constants) if self._grown else 0.0
         self.eps = eps * small.hidden_size / (2 * large.hidden_size) if self._grown else eps
 
     @property
@@ -125,6 +131,7 @@ class Widening:
             bos_token_id=source.bos_token_id,
             eos_token_id=source.eos_token_id,
             pad_token_id=source.pad_token_id,
+            widened_vocabulary=self.small.vocab_size,  # ids from here on never occur: no drafter need look at them
             widened_from=f"{getattr(source, '_name_or_path', '') or 'a model'}, {self.label}",
         )
 
@@ -167,32 +174,44 @@ class Widening:
             ):
                 full = f"{prefix}{name}.weight"
                 yield full, build(get(full) if exists else None, noise(full, *size))
-        gain = _GAIN if large.vocab_size > small.vocab_size else 0.0
+        gain = self._gain() if large.vocab_size > small.vocab_size else 0.0
         yield "model.norm.weight", self._norm(get("model.norm.weight"), noise("norm", width), gain)
         if not large.tie_word_embeddings:
             name = "model.embed_tokens.weight" if small.tie_word_embeddings else "lm_head.weight"
             head = noise("head", large.vocab_size, width)
             head[: small.vocab_size, :hidden] = get(name).to(dtype)
-            if self._grown:
-                head[: small.vocab_size, hidden] = 0
-                head[small.vocab_size :, hidden] = _NEVER
+            head[: small.vocab_size, hidden : hidden + self.constants] = 0
+            head[small.vocab_size :, hidden : hidden + self.constants] = _NEVER
             yield "lm_head.weight", head
 
     def _table(self, source: Tensor, out: Tensor) -> Tensor:
         vocabulary, hidden = source.shape
         out[:vocabulary, :hidden] = source.to(out.dtype)
         out[:vocabulary, hidden:] = 0
-        if self._grown:
-            out[:vocabulary, hidden] = self.constant
+        out[:vocabulary, hidden : hidden + self.constants] = self.constant
         return out
+
+    @torch.inference_mode()
+    def _gain(self) -> float:
+        """Weight of the constants in the last norm: just enough for the logits of added vocabulary to overflow."""
+        found: list[Tensor] = []
+        hook = self.model.model.norm.register_forward_pre_hook(lambda _, inputs: found.append(inputs[0]))
+        device = next(self.model.parameters()).device
+        try:
+            ids = torch.linspace(0, self.small.vocab_size - 1, _PROBE, device=device).long()
+            self.model(ids[None], use_cache=False)
+        finally:
+            hook.remove()
+        top = float(found[0][0, 1:].float().pow(2).mean(-1).sqrt().max())  # the first token's state may be a sink
+        largest = _HEADROOM * top * math.sqrt(self.small.hidden_size / self.shape.hidden_size)
+        return _OVERFLOW * largest / (self.constants * self.constant)
 
     def _norm(self, source: Tensor | None, out: Tensor, constant_gain: float) -> Tensor:
         small, large = self.small, self.shape
         out += 1
         if source is not None:
             out[: small.hidden_size] = (source * math.sqrt(small.hidden_size / large.hidden_size)).to(out.dtype)
-        if self._grown:
-            out[small.hidden_size] = constant_gain
+        out[small.hidden_size : small.hidden_size + self.constants] = constant_gain
         return out
 
     def query_slots(self) -> list[int]:
