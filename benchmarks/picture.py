@@ -11,8 +11,8 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-import prompts
 from outpace import Engine, Settings, Target
+from outpace.bench import load_suite
 from outpace.cli.compare import COLUMNS, race, row, warm_up
 from outpace.cli.render import legend, segments, show_rounds, table, verdict
 from outpace.engine import Auditor, encode
@@ -27,7 +27,7 @@ def main() -> None:
     tokenizer = target.tokenizer
     settings = Settings(max_new_tokens=96, temperature=0.8, seed=7)
     engines = {"plain": Engine(target), "suffix": Engine(target, "suffix")}
-    text = prompts.KINDS["code editing"][0]
+    text = next(q.turns[0] for q in load_suite("mini").questions if q.id == "code-1")
     ids = encode(target, text)
     warm_up(list(engines.values()), ids, settings)
     laps = race(engines, ids, settings)

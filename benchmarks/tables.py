@@ -1,9 +1,10 @@
-"""Write the tables of README.md and docs/ from result files, so that no figure is typed.
+"""Write docs/benchmarks.md and the tables of other pages from result files, so that no figure is typed.
 
     python benchmarks/tables.py
 
-A file holds `<!-- table:NAME -->` and `<!-- /table -->`; what stands between is replaced by the rendering of
-benchmarks/results/NAME.json. With --check nothing is written, and the exit code says whether all tables are current.
+docs/benchmarks.md holds every `benchmarks/results/bench_*.json` (written by `outpace bench --out ...`). In other pages,
+what stands between `<!-- table:NAME -->` and `<!-- /table -->` is replaced by the tables of NAME.json. With --check
+nothing is written, and the exit code says whether all pages are current.
 """
 
 from __future__ import annotations
@@ -12,18 +13,40 @@ import argparse
 import json
 import re
 from pathlib import Path
+from typing import Any
+
+from outpace.bench.report import load_result, render_markdown, words
+from outpace.bench.report.markdown import task_table
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGES = ("README.md", "docs/log.md", "docs/fast.md")
+RESULTS = ROOT / "benchmarks" / "results"
+PAGES = ("README.md", "docs/fast.md")
 _SLOT = re.compile(r"<!-- table:(\w+) -->\n(.*?)<!-- /table -->", re.DOTALL)
+_INTRODUCTION = """# Benchmarks
+
+Written by `python benchmarks/tables.py` from the files in `benchmarks/results/`; do not edit.
+
+How to read it: **speed** is the geometric mean, over prompts, of paired time-per-token ratios to plain decoding in the
+same engine, with a 95 % bootstrap interval over prompts; a difference is claimed only where the interval excludes 1.
+**emitted/round** is tokens per pass of the target, **round** the mean wall clock of one. **same text** is the audit of
+the very answers that were timed: equal token for token, or parted at a near tie that floating point explains; anything
+beyond withholds the figure, as do failures and texts that loop. Speeds do not transfer between machines: run the
+command under a table on yours. `outpace bench` itself: [bench.md](bench.md).
+
+"""
 
 
-def render(result: dict) -> str:
-    """The table of a result file, by what it holds."""
-    return render_passes(result) if "pass" in result else render_decoding(result)
+def readme_table(result: dict[str, Any]) -> str:
+    """Speed per task of every cell, and the conditions in one paragraph."""
+    base = result["methods"][0]["name"]
+    lines: list[str] = []
+    for cell in result["cells"]:
+        lines += [f"{words.cell_name(cell).capitalize()}:", "", *task_table(cell, base)]
+    lines += [f"{words.target(result)}, {words.machine(result)}. {' '.join(words.conditions(result))}"]
+    return "\n".join(lines) + "\n"
 
 
-def render_passes(result: dict) -> str:
+def pass_table(result: dict[str, Any]) -> str:
     """One row per captured pass: milliseconds beside the floor and the model's own modules."""
     lines = [
         "| model | batch x rows, context | pass, ms | floor, ms | of the floor | through its modules, ms |",
@@ -45,45 +68,26 @@ def render_passes(result: dict) -> str:
     return "\n".join(lines) + "\n"
 
 
-def render_decoding(result: dict) -> str:
-    """One row per arm, one column per kind: ratio to plain decoding (emitted per round)."""
-    table = result["table"]
-    kinds = list(dict.fromkeys(row["kind"] for row in table))
-    arms = list(dict.fromkeys(row["arm"] for row in table))
-    cell = {(row["arm"], row["kind"]): row for row in table}
-    lines = [
-        "| | " + " | ".join(kinds) + " | same tokens |",
-        "| --- |" + " --- |" * (len(kinds) + 1),
-    ]
-    for arm in arms:
-        rows = [cell[arm, kind] for kind in kinds]
-        if arm == "plain":
-            cells = [f"{row['tokens_per_s']:.0f} tok/s" for row in rows]
-        elif arm == "transformers.generate":
-            cells = [f"{row['ratio']:.2f}x" for row in rows]
-        else:
-            cells = [f"{row['ratio']:.2f}x ({row['emitted_per_round']:.2f})" for row in rows]
-        equal = [tuple(map(int, row["equal"].split("/"))) for row in rows]
-        lines.append(f"| {arm} | {' | '.join(cells)} | {sum(a for a, _ in equal)}/{sum(b for _, b in equal)} |")
-    m = result["machine"]
-    lines.append("")
-    lines.append(
-        f"{m['model'].split(':')[0]}, {m['dtype']}, temperature {m['temperature']:g}, {m['threads']} threads of a "
-        f"shared {m['cores']}-core machine, {m['repeats']} interleaved repeats of up to {m['tokens']} tokens, prefill "
-        f"included. Times plain decoding (emitted tokens per round). Floor of a pass: {m['floor_ms_per_pass']} ms "
-        f"({m['read_gb_per_s']} GB/s). torch {m['torch']}, transformers {m['transformers']}."
-    )
-    return "\n".join(lines) + "\n"
+def table(name: str) -> str:
+    """What stands in a slot: the tables of NAME.json, by what it holds."""
+    file = RESULTS / f"{name}.json"
+    plain = json.loads(file.read_text())
+    return pass_table(plain) if "pass" in plain else readme_table(load_result(file))
 
 
 def fill(text: str) -> str:
     """The page with its tables rendered anew."""
 
     def replace(match: re.Match[str]) -> str:
-        result = json.loads((ROOT / "benchmarks" / "results" / f"{match[1]}.json").read_text())
-        return f"<!-- table:{match[1]} -->\n{render(result)}<!-- /table -->"
+        return f"<!-- table:{match[1]} -->\n{table(match[1])}<!-- /table -->"
 
     return _SLOT.sub(replace, text)
+
+
+def page() -> str:
+    """docs/benchmarks.md."""
+    files = sorted(RESULTS.glob("bench_*.json"))
+    return _INTRODUCTION + "\n".join(render_markdown(load_result(file), level=2) for file in files)
 
 
 def main() -> int:
@@ -91,16 +95,15 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--check", action="store_true")
     check = parser.parse_args().check
+    wanted = {ROOT / name: fill((ROOT / name).read_text()) for name in PAGES}
+    wanted[ROOT / "docs" / "benchmarks.md"] = page()
     stale = 0
-    for name in PAGES:
-        page = ROOT / name
-        before = page.read_text()
-        after = fill(before)
-        if before != after:
+    for path, text in wanted.items():
+        if not path.exists() or path.read_text() != text:
             stale += 1
-            print(f"{name}: {'stale, run python benchmarks/tables.py' if check else 'written'}")
+            print(f"{path.name}: {'stale, run python benchmarks/tables.py' if check else 'written'}")
             if not check:
-                page.write_text(after)
+                path.write_text(text)
     return int(check and stale > 0)
 
 

@@ -12,7 +12,7 @@ from outpace.drafters import Needs, TokenDrafter, make_drafter
 from outpace.errors import CheckpointError, ConfigError, UnsupportedError
 from outpace.laws import Tree
 from outpace.target.loading import embedded_smollm2
-from outpace.target.widen import SHAPES, Shape, Widening, find_shape, save_widened, widen
+from outpace.target.widen import SHAPES, Shape, Widening, find_shape, save_widened, widen, widen_module
 from tiny import PROMPTS, make_model
 
 LARGE = Shape(
@@ -169,17 +169,18 @@ def test_smollm2_widened_says_what_smollm2_says():
     prompt = small.tokenizer.encode("The tide comes in twice a day, and twice a day it goes out again. " * 6)
     (want, _), (found, added) = (logits(target.model, prompt, 49152) for target in (small, large))
     assert float((want - found).abs().max()) <= 1e-4
-    assert bool((added == float("-inf")).all())
+    assert bool((added[1:] == float("-inf")).all())
+    assert float(added[0].max()) < -1e30  # the state of the first token, a sink, is larger than any other
     said = [Engine(target).generate("Why is the sky blue?", max_new_tokens=12)[0].tokens for target in (small, large)]
     assert said[0] == said[1]
 
 
 def test_drafters_that_read_no_features_need_no_widening():
-    widening = Widening(llama(), LARGE)
+    widening, large = Widening(llama(), LARGE), None
     for spec in ("suffix", "prompt_lookup", "layer_skip", "lookahead"):
         drafter = make_drafter(spec)
-        assert drafter.widened(widening) is drafter
-    merged = make_drafter("prompt_lookup+suffix").widened(widening)
+        assert drafter.widened(widening, large) is drafter
+    merged = make_drafter("prompt_lookup+suffix").widened(widening, large)
     assert [d.name for d in merged.drafters] == ["prompt_lookup", "suffix"]
 
 
@@ -192,4 +193,73 @@ def test_a_drafter_that_reads_features_must_say_how_it_widens():
             return Tree()
 
     with pytest.raises(UnsupportedError, match="features of 32 numbers"):
-        Reader().widened(Widening(llama(), LARGE))
+        Reader().widened(Widening(llama(), LARGE), None)
+
+
+class Reading(torch.nn.Module):
+    """What learned drafters are made of: states side by side, norms, a gated MLP, heads, a residual, a small head."""
+
+    def __init__(self, hidden, intermediate, heads, keys, size):
+        super().__init__()
+        linear = torch.nn.Linear
+        self.fc = linear(2 * hidden, hidden)
+        self.norm = torch.nn.RMSNorm(hidden, eps=1e-9)
+        self.q_proj = linear(2 * hidden, heads * size, bias=False)
+        self.k_proj = linear(2 * hidden, keys * size, bias=False)
+        self.v_proj = linear(2 * hidden, keys * size, bias=False)
+        self.o_proj = linear(heads * size, hidden, bias=False)
+        self.gate_proj = linear(hidden, intermediate, bias=False)
+        self.up_proj = linear(hidden, intermediate, bias=False)
+        self.down_proj = linear(intermediate, hidden, bias=False)
+        self.head = linear(hidden, 7, bias=False)
+        self.heads, self.keys, self.size = heads, keys, size
+
+    def forward(self, both, tap):
+        """Two positions attend to each other; no rotary (positions are all one)."""
+        q, k, v = (
+            p(both).view(-1, n, self.size).transpose(0, 1)
+            for p, n in ((self.q_proj, self.heads), (self.k_proj, self.keys), (self.v_proj, self.keys))
+        )
+        groups = self.heads // self.keys
+        seen = torch.softmax(q @ k.repeat_interleave(groups, 0).mT * self.size**-0.5, -1)
+        mixed = (seen @ v.repeat_interleave(groups, 0)).transpose(0, 1).reshape(len(tap), -1)
+        x = torch.tanh(self.fc(both)) + self.o_proj(mixed) + tap
+        y = self.norm(x)
+        return self.head(x + self.down_proj(torch.nn.functional.silu(self.gate_proj(y)) * self.up_proj(y)))
+
+
+@pytest.mark.parametrize(
+    "shape", [LARGE, SHAPES_TO_TRY["smaller groups: key heads are copied"]], ids=["wide", "copied"]
+)
+def test_a_module_beside_the_model_is_widened_alike(shape):
+    small_model = llama()
+    widening = Widening(small_model, shape)
+    with torch.random.fork_rng():
+        torch.manual_seed(4)
+        small = Reading(32, 48, 4, 2, 8)
+        large = Reading(
+            shape.hidden_size,
+            shape.intermediate_size,
+            shape.num_attention_heads,
+            shape.num_key_value_heads,
+            shape.head_dim,
+        )
+    widen_module(widening, small, large)
+    targets = [Target(small_model), Target(widen(small_model, shape, torch.float32, "cpu"))]
+    found = []
+    for module, target in zip((small, large), targets, strict=True):
+        taps = target.prefill(PROMPTS[0], target.new_cache(), taps=("out:1", "post_norm"))
+        with torch.inference_mode():
+            found.append(module(torch.cat([taps["post_norm"], taps["out:1"]], -1)[0], taps["out:1"][0]))
+    assert torch.allclose(found[0], found[1], atol=1e-4)
+
+
+def test_a_module_of_another_make_is_refused():
+    widening = Widening(llama(), LARGE)
+    odd, wide = torch.nn.Sequential(torch.nn.Linear(17, 32)), torch.nn.Sequential(torch.nn.Linear(23, 96))
+    before = wide[0].weight.clone()
+    with pytest.raises(UnsupportedError, match="a dimension of 17 becomes 23"):
+        widen_module(widening, odd, wide)
+    assert torch.equal(wide[0].weight, before)
+    with pytest.raises(UnsupportedError, match="none of that name"):
+        widen_module(widening, torch.nn.ModuleDict({"a": torch.nn.Linear(32, 32)}), wide)

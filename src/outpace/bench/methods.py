@@ -259,7 +259,7 @@ def engine_methods(
                 return drafter
             if drafter.needs.taps or drafter.adapter is not None:
                 drafter.fit(small)
-            return drafter.widened(widening)
+            return drafter.widened(widening, target)
 
         return make
 

@@ -113,12 +113,15 @@ class Drafter(ABC):
     def forget(self) -> None:  # noqa: B027  # most drafters keep nothing between requests
         """Drop what earlier requests taught; weights stay."""
 
-    def widened(self, widening: Widening) -> Drafter:
-        """This drafter for a target that was widened; one that reads no features is its own.
+    def widened(self, widening: Widening, target: Target) -> Drafter:
+        """This drafter, fitted to the small target, for the widened `target`; one that reads no features is its own.
+
+        One with weights builds its module for `target` and fills it with `outpace.target.widen.widen_module`.
 
         Raises:
             UnsupportedError: if it reads features and does not say how it widens.
         """
+        del target
         if self.needs.taps or self.adapter is not None:
             raise UnsupportedError(
                 f"drafter {self.name!r} was trained on features of {widening.small.hidden_size} numbers and does not "

@@ -55,9 +55,9 @@ class Merged(Drafter):
         for drafter in self.drafters:
             drafter.forget()
 
-    def widened(self, widening: Widening) -> Merged:
+    def widened(self, widening: Widening, target: Target) -> Merged:
         """Each widened."""
-        return Merged([drafter.widened(widening) for drafter in self.drafters], max_nodes=self.max_nodes)
+        return Merged([drafter.widened(widening, target) for drafter in self.drafters], max_nodes=self.max_nodes)
 
     def start(self, context: Context, request: RequestContext, taps: Mapping[str, Tensor]) -> None:
         """Start each."""
