@@ -150,52 +150,69 @@ def step(count: int) -> dict[str, Any]:
     ratios = [a / b for a, b in zip(*times.values(), strict=True)]
     result["ratio"] = round(statistics.median(ratios), 4)
     print(f"ratio of the pairs: {result['ratio']:.3f} (reach 0.6)")
-    del fused, theirs
+    del fused, theirs, flash
     clear()
-    for key, cls, settings in (("lion", FlashLion, {}), ("sgd", FlashSGD, {"momentum": 0.9})):
+    others: tuple[tuple[str, str, Any, dict[str, Any]], ...] = (
+        ("FlashAdamW residual=ulp", "adamw", FlashAdamW, {"residual": "ulp"}),
+        ("FlashLion", "lion", FlashLion, {}),
+        ("FlashSGD", "sgd", FlashSGD, {"momentum": 0.9}),
+    )
+    for name, key, cls, settings in others:
         optimizer = cls(ours, lr=1e-4, **settings)
         floor = result["parameters"] * MOVED[key] / speed * 1e3
         row = quartiles(interleaved({key: optimizer.step}, "cuda", 15)[key]) | {"floor_ms": round(floor, 4)}
         row["share_of_floor"] = round(floor / row["ms"], 4)
-        result[cls.__name__] = row
-        print(f"{cls.__name__:26} {row['ms']:8.3f} ms  floor {floor:7.3f} ms  share {row['share_of_floor']:.1%}")
+        result[name] = row
+        print(f"{name:26} {row['ms']:8.3f} ms  floor {floor:7.3f} ms  share {row['share_of_floor']:.1%}")
         del optimizer
         clear()
     return result
 
 
 def tune(count: int) -> dict[str, Any]:
-    """Step time of each rule for every program size, to choose the constants in `kernels.py` by."""
-    from outpace.optim import kernels
+    """Step time of each rule for every shape of program, to choose the constants in `fused/launch.py` by."""
+    from outpace.optim.fused import launch
 
     rows: dict[str, Any] = {}
-    kept = (kernels.GROUPS_PER_PROGRAM, kernels.WARPS)
+    names = ("GROUPS", "WARPS", "TILES", "STAGES", "REGISTERS")
+    kept = {name: getattr(launch, name) for name in names}
     params = parameters(count, torch.bfloat16, "cuda")
+    shapes = [
+        (16, 1, 16, 1, None),
+        (16, 1, 4, 1, None),
+        (16, 1, 64, 1, None),
+        (16, 1, 16, 1, 96),
+        (16, 1, 16, 1, 80),
+        (16, 1, 16, 2, None),
+        (16, 1, 16, 2, 128),
+        (16, 1, 16, 3, None),
+        (32, 2, 16, 1, None),
+        (32, 2, 16, 2, None),
+        (64, 4, 4, 1, None),
+        (64, 4, 16, 1, None),
+        (64, 4, 16, 2, None),
+        (128, 8, 4, 1, None),
+        (8, 1, 32, 1, None),
+        (32, 4, 16, 1, None),
+        (32, 1, 16, 1, None),
+    ]
     for cls, settings in ((FlashAdamW, {}), (FlashLion, {}), (FlashSGD, {"momentum": 0.9})):
         optimizer = cls(params, lr=1e-4, **settings)
-        for groups, warps in (
-            (16, 1),
-            (16, 2),
-            (32, 2),
-            (32, 4),
-            (64, 2),
-            (64, 4),
-            (64, 8),
-            (128, 4),
-            (128, 8),
-            (256, 8),
-        ):
-            kernels.GROUPS_PER_PROGRAM, kernels.WARPS = groups, warps
+        for shape in shapes if cls is FlashAdamW else shapes[::4]:
+            for name, value in zip(names, shape, strict=True):
+                setattr(launch, name, value)
+            label = cls.__name__ + "".join(f" {name.lower()}={value}" for name, value in zip(names, shape, strict=True))
             try:
-                row = quartiles(interleaved({"x": optimizer.step}, "cuda", 7)["x"])
+                row = quartiles(interleaved({"x": optimizer.step}, "cuda", 7, warm=2)["x"])
             except Exception as problem:
-                print(f"{cls.__name__} groups {groups} warps {warps}: {problem!r}")
+                print(f"{label}: {problem!r}")
                 continue
-            rows[f"{cls.__name__} groups={groups} warps={warps}"] = row
-            print(f"{cls.__name__:12} groups {groups:4} warps {warps:2}  {row['ms']:8.3f} ms")
+            rows[label] = row
+            print(f"{label:70} {row['ms']:8.3f} ms")
         del optimizer
         clear()
-    kernels.GROUPS_PER_PROGRAM, kernels.WARPS = kept
+    for name, value in kept.items():
+        setattr(launch, name, value)
     return rows
 
 
@@ -356,20 +373,40 @@ def full(shape: tuple[int, ...], budget_gb: float, steps: int) -> dict[str, Any]
 
 
 def small(_count: int) -> dict[str, Any]:
-    """A model of many small tensors, where launches and Python dominate: 400 tensors of 65 to 65 536 elements."""
+    """A model of many small tensors, where launches and Python dominate: 400 tensors of 65 to 65 536 elements.
+
+    Times are of the host and the device together, waiting for both; gradients are new tensors at every step, as they
+    are in training, so that addresses change.
+    """
 
     def make() -> list[nn.Parameter]:
         shapes = [(256, 256), (256,), (65,), (128, 300)] * 100
-        result = [nn.Parameter(torch.randn(s, device="cuda").bfloat16()) for s in shapes]
-        for p in result:
-            p.grad = torch.randn_like(p)
-        return result
+        return [nn.Parameter(torch.randn(s, device="cuda").bfloat16()) for s in shapes]
 
-    calls = {"FlashAdamW": FlashAdamW(make()).step, "torch.optim.AdamW(foreach)": torch.optim.AdamW(make()).step}
-    times = interleaved(calls, "cuda", 15)
+    rows: dict[str, Any] = {}
+    optimizers: dict[str, tuple[list[nn.Parameter], Any]] = {}
+    for name, make_optimizer in (
+        ("FlashAdamW", lambda p: FlashAdamW(p)),
+        ("torch.optim.AdamW(foreach)", lambda p: torch.optim.AdamW(p, foreach=True)),
+        ("torch.optim.AdamW(fused)", lambda p: torch.optim.AdamW(p, fused=True)),
+    ):
+        params = make()
+        optimizers[name] = (params, make_optimizer(params))
+    times: dict[str, list[float]] = {name: [] for name in optimizers}
+    for repeat in range(20):
+        for name, (params, optimizer) in optimizers.items():
+            for p in params:
+                p.grad = torch.randn_like(p)
+            torch.cuda.synchronize()
+            start = time.perf_counter()
+            optimizer.step()
+            torch.cuda.synchronize()
+            if repeat >= 4:
+                times[name].append((time.perf_counter() - start) * 1e3)
     for name, values in times.items():
-        print(f"{name:28} {statistics.median(values):8.3f} ms for 400 tensors")
-    return {name: quartiles(values) for name, values in times.items()}
+        rows[name] = quartiles(values)
+        print(f"{name:28} {rows[name]['ms']:8.3f} ms for 400 tensors")
+    return rows
 
 
 def cpu(count: int) -> dict[str, Any]:

@@ -14,11 +14,38 @@ import re
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGES = ("README.md", "docs/log.md")
+PAGES = ("README.md", "docs/log.md", "docs/fast.md")
 _SLOT = re.compile(r"<!-- table:(\w+) -->\n(.*?)<!-- /table -->", re.DOTALL)
 
 
 def render(result: dict) -> str:
+    """The table of a result file, by what it holds."""
+    return render_passes(result) if "pass" in result else render_decoding(result)
+
+
+def render_passes(result: dict) -> str:
+    """One row per captured pass: milliseconds beside the floor and the model's own modules."""
+    lines = [
+        "| model | batch x rows, context | pass, ms | floor, ms | of the floor | through its modules, ms |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    for row in result["pass"]:
+        modules = "" if row["modules_ms"] is None else f"{row['modules_ms']:.1f}"
+        lines.append(
+            f"| {row['model']} | {row['batch']} x {row['rows']}, {row['context']} | {row['ms']:.2f} | "
+            f"{row['floor_ms']:.2f} | {row['of_floor']:.2f}x | {modules} |"
+        )
+    about = result["about"]
+    lines.append("")
+    lines.append(
+        f"{about['device']}, bfloat16, random weights, medians of 30 replays; floor: bytes a pass must read over "
+        f"{about['copy_bytes_per_second'] / 1e12:.2f} TB/s, a copy's rate in the same run. torch {about['torch']}, "
+        f"transformers {about['transformers']}."
+    )
+    return "\n".join(lines) + "\n"
+
+
+def render_decoding(result: dict) -> str:
     """One row per arm, one column per kind: ratio to plain decoding (emitted per round)."""
     table = result["table"]
     kinds = list(dict.fromkeys(row["kind"] for row in table))

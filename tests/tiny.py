@@ -81,7 +81,7 @@ def learned(name, spec, *, shaken=False):
     shaken: every weight random, also those that start at zero (the up-projections of an adapter).
     """
     drafter = make_drafter(spec)
-    drafter.initialise(target(name), seed=3)
+    drafter.initialise(name if isinstance(name, Target) else target(name), seed=3)
     if shaken:
         generator = torch.Generator().manual_seed(4)
         for parameter in drafter.module.parameters():

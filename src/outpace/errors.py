@@ -30,6 +30,10 @@ class CheckpointError(OutpaceError):
     """A model or drafter that cannot be loaded, or does not fit what it is to be used with."""
 
 
+class ResultError(OutpaceError):
+    """A result that cannot be written or read, or that belongs to another run."""
+
+
 class LawError(OutpaceError, ValueError):
     """A tensor that should be a probability law and is not."""
 
@@ -40,6 +44,10 @@ class DraftError(OutpaceError, ValueError):
 
 class UnsupportedError(OutpaceError):
     """Something that cannot work here, with the reason."""
+
+
+class OutOfMemoryError(OutpaceError, MemoryError):
+    """The device has no room for what was asked; says how much that was and what to lower."""
 
 
 class MissingExtraError(OutpaceError, ImportError):

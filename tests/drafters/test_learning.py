@@ -86,6 +86,8 @@ def test_a_drafter_that_ships_is_found_by_name_for_its_target_alone(tmp_path, mo
     engine = Engine(target(), drafter, stand_down=False)
     assert (drafter.layers, drafter.vocabulary, drafter.branches) == (2, 30, 2), "trained options are the checkpoint's"
     assert engine.generate(PROMPTS[0], max_new_tokens=5)[0].stats.drafted
+    with pytest.raises(ConfigError, match=r"eagle3:layers=1 was asked for.*trained with 2"):
+        Engine(target(), "eagle3:layers=1")
     with pytest.raises(CheckpointError, match="has to be trained"):
         Engine(Target(make_model(num_hidden_layers=2)), "eagle3")
     with pytest.raises(CheckpointError, match="make another one"):

@@ -127,7 +127,7 @@ def test_history_is_off_by_default_and_can_be_cleared():
     warm = engine.generate([PROMPTS[0]], max_new_tokens=30, ignore_eos=True)[0]
     assert warm.tokens == cold.tokens
     assert warm.rounds < cold.rounds, "the same answer again is in the history"
-    drafter.clear_history()
+    drafter.forget()
     again = engine.generate([PROMPTS[0]], max_new_tokens=30, ignore_eos=True)[0]
     assert again.rounds == cold.rounds
 

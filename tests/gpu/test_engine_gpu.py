@@ -28,7 +28,7 @@ def drafter_for(name, target):
     if name.startswith("draft_model"):
         draw = name.split()[1]
         return DraftModel(model=Target(copy.deepcopy(target.model)), draft_len=4, draw=draw)
-    return DRAFTERS[name](None)
+    return DRAFTERS[name](target)
 
 
 @pytest.mark.parametrize("drafter", DRAFTERS)
@@ -77,3 +77,89 @@ def test_bf16_engine_runs_every_drafter():
             PROMPTS[:3], max_new_tokens=16, temperature=1.0
         )
         assert all(len(o.tokens) <= 16 for o in output)
+
+
+# --- the captured loop against the readable one
+
+
+@pytest.mark.parametrize("drafter", [None, "prompt_lookup:min_ngram=1,branches=3,draft_len=5", "suffix"])
+@pytest.mark.parametrize("temperature", [0.0, 0.9])
+def test_the_captured_loop_emits_what_the_readable_one_does(pair, drafter, temperature):
+    _, target = pair
+    options = {"max_new_tokens": 40, "temperature": temperature, "seed": 11}
+    wanted = Engine(target, drafter, path="readable", stand_down=False).generate(PROMPTS, **options)
+    engine = Engine(target, drafter, path="fast", stand_down=False, check_integrity=True)
+    found = engine.generate(PROMPTS, **options)
+    assert [o.tokens for o in found] == [o.tokens for o in wanted]
+    assert [o.stats.accepted_at for o in found] == [o.stats.accepted_at for o in wanted]
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.9])
+def test_requests_join_and_leave_the_captured_loop(pair, temperature):
+    _, target = pair
+    options = {"temperature": temperature, "seed": 5}
+    lengths = [3, 30, 9, 17, 1, 25, 8, 12]
+    wanted = [
+        Engine(target, path="readable").generate(p, max_new_tokens=n, request=i, **options)[0].tokens
+        for i, (p, n) in enumerate(zip(PROMPTS, lengths, strict=True))
+    ]
+    engine = Engine(target, path="fast", max_batch=3, check_integrity=True)
+    uids = [
+        engine.submit(p, max_new_tokens=n, request=i, **options)
+        for i, (p, n) in enumerate(zip(PROMPTS, lengths, strict=True))
+    ]
+    done = {}
+    while engine.active:
+        for progress in engine.step():
+            if progress.chunk.output is not None:
+                done[progress.uid] = progress.chunk.output.tokens
+    assert [done[uid] for uid in uids] == wanted
+
+
+def test_a_sequence_that_outgrows_its_bucket_goes_on():
+    target = Target(make_model(max_position_embeddings=2048).cuda())
+    options = {"max_new_tokens": 700, "temperature": 0.9, "seed": 5, "ignore_eos": True}
+    wanted = Engine(target, path="readable").generate(PROMPTS[:2], **options)
+    engine = Engine(target, "suffix", path="fast", stand_down=False, check_integrity=True)
+    assert [o.tokens for o in engine.generate(PROMPTS[:2], **options)] == [o.tokens for o in wanted]
+    before = target.fast.capture.graphs
+    assert [o.tokens for o in engine.generate(PROMPTS[:2], **options)] == [o.tokens for o in wanted]
+    assert target.fast.capture.graphs == before  # steady state captures nothing
+
+
+def test_bf16_chains_are_equal_bit_for_bit():
+    changes = {"hidden_size": 256, "head_dim": 64, "intermediate_size": 640, "vocab_size": 512}
+    model = make_model(dtype=torch.bfloat16, sharpness=1.5, max_position_embeddings=2048, **changes).cuda()
+    target = Target(model)
+    options = {"max_new_tokens": 200, "temperature": 0.8, "ignore_eos": True}
+    for seed in range(8):
+        wanted = Engine(target).generate([PROMPTS[0] * 9], seed=seed, **options)
+        found = Engine(target, "prompt_lookup:min_ngram=1", stand_down=False).generate(
+            [PROMPTS[0] * 9], seed=seed, **options
+        )
+        assert [o.tokens for o in found] == [o.tokens for o in wanted], seed
+
+
+def test_settings_with_history_take_the_readable_round_over_captured_passes(pair):
+    _, target = pair
+    options = {"max_new_tokens": 20, "temperature": 0.9, "seed": 3, "top_p": 0.8, "repetition_penalty": 1.3}
+    wanted = Engine(target, path="readable").generate(PROMPTS[:3], **options)
+    assert [o.tokens for o in Engine(target, "suffix").generate(PROMPTS[:3], **options)] == [o.tokens for o in wanted]
+
+
+def test_no_room_is_an_error_that_names_the_shape_and_leaves_the_engine_usable(monkeypatch):
+    from outpace.errors import OutOfMemoryError
+    from outpace.target.fast import graphs
+
+    target = Target(make_model().cuda(), path="fast")
+    engine = Engine(target)
+
+    class Full:
+        def __init__(self, *_):
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(graphs, "Captured", Full)
+        with pytest.raises(OutOfMemoryError, match=r"1 x \d+ rows.*[Ll]ower max_batch"):
+            engine.generate(PROMPTS[0], max_new_tokens=4)
+    assert len(engine.generate(PROMPTS[0], max_new_tokens=4, ignore_eos=True)[0].tokens) == 4

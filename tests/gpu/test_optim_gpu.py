@@ -4,7 +4,6 @@ Every failure prints how many elements differ and the first of them with their b
 """
 
 import copy
-import functools
 import time
 
 import pytest
@@ -12,7 +11,6 @@ import torch
 from torch import nn
 
 from outpace.optim import FlashAdamW, FlashLion, FlashSGD, release_gradients
-from outpace.optim import base as base_module
 from outpace.optim.compand import exact_sqrt
 
 pytestmark = [
@@ -82,10 +80,7 @@ def trained(case, device, backend, monkeypatch, exact=False, steps=6, shapes=SHA
     settings = {"lr": 1e-2, "small": 0} | settings
     dtype = settings.pop("dtype", torch.float16 if settings.get("master", "").startswith("fp16") else torch.bfloat16)
     if exact:
-        from outpace.optim import kernels
-
-        step = functools.partial(kernels.fused_step, exact=True)
-        monkeypatch.setattr(base_module, "_backend", lambda asked, device: step)
+        monkeypatch.setattr("outpace.optim.fused.launch.EXACT", True)
     generator = torch.Generator().manual_seed(0)
 
     def numbers(shape, by):
@@ -134,51 +129,91 @@ def test_ten_million_elements_for_ten_steps(case, monkeypatch):
     assert not found, "\n" + "\n".join(found)
 
 
-def test_division_and_root_for_every_operand():
-    """The short sequences against torch's IEEE operations: all 2^30 pairs of a scale's mantissa and a float's, all
-    2^24 mantissas of two binades for the root, and every residual code over its constant."""
+def test_reciprocal_root_and_codes_for_every_operand():
+    """The short sequences against torch's IEEE operations: every mantissa, at exponents from end to end; every code."""
     import triton
     import triton.language as tl
 
-    from outpace.optim import kernels
+    from outpace.optim.fused import arithmetic
 
     @triton.jit
-    def ratio(a_ptr, b_ptr, out_ptr, n, BLOCK: tl.constexpr):
+    def one_over(a_ptr, out_ptr, BLOCK: tl.constexpr):
         i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-        a, b = tl.load(a_ptr + i, mask=i < n, other=1.0), tl.load(b_ptr + i, mask=i < n, other=1.0)
-        tl.store(out_ptr + i, kernels._ratio(a, b, False), mask=i < n)
+        tl.store(out_ptr + i, arithmetic.reciprocal(tl.load(a_ptr + i), False))
 
     @triton.jit
-    def root(a_ptr, out_ptr, n, BLOCK: tl.constexpr):
+    def root(a_ptr, out_ptr, BLOCK: tl.constexpr):
         i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-        tl.store(out_ptr + i, kernels._root(tl.load(a_ptr + i, mask=i < n, other=1.0), False), mask=i < n)
+        tl.store(out_ptr + i, arithmetic.root(tl.load(a_ptr + i), False))
 
-    def divide(a, b):
-        out = torch.empty_like(a)
-        ratio[(triton.cdiv(a.numel(), 1024),)](a, b, out, a.numel(), BLOCK=1024, enable_fp_fusion=False)
-        return out
+    @triton.jit
+    def codes(signed_ptr, unsigned_ptr, unit_ptr, place_ptr, product_ptr, plain_ptr, rows: tl.constexpr):
+        row, column = tl.arange(0, rows), tl.arange(0, 256)
+        i = row[:, None] * 256 + column[None, :]
+        q, u = tl.load(signed_ptr + i), tl.load(unsigned_ptr + i)
+        tl.store(place_ptr + i, arithmetic.place_of(q, 8, False))
+        tl.store(product_ptr + i, arithmetic.times_unsigned(u, tl.load(unit_ptr + row), False))
+        tl.store(plain_ptr + i, arithmetic.signed(q, False))
 
-    mantissas = (torch.arange(2**23, dtype=torch.int32, device="cuda") | (127 << 23)).view(torch.float32)
     wrong = []
-    for high in range(128):
-        b = torch.full_like(mantissas, 1 + high / 128)
-        wrong += differences(f"a / {1 + high / 128}", divide(mantissas, b), mantissas / b)
-    generator = torch.Generator("cuda").manual_seed(0)
-    for _ in range(20):
-        a = torch.randn(2**23, device="cuda", generator=generator) * torch.exp2(
-            torch.randint(-30, 30, (2**23,), device="cuda", generator=generator).float()
-        )
-        b = torch.rand(2**23, device="cuda", generator=generator) + 1e-8
-        wrong += differences("random a / b", divide(a, b), a / b)
-        wrong += differences("m / (s + |m|)", divide(a, b + a.abs()), a / (b + a.abs()))
-    codes = torch.arange(-127, 128, device="cuda", dtype=torch.float32)
-    wrong += differences("q / (254 - |q|)", divide(codes, 254 - codes.abs()), codes / (254 - codes.abs()))
-    for field in (0, 1, 60, 126, 127, 190):
-        v = (torch.arange(2**23, dtype=torch.int32, device="cuda") | (field << 23)).view(torch.float32)
-        out = torch.empty_like(v)
-        root[(v.numel() // 1024,)](v, out, v.numel(), BLOCK=1024, enable_fp_fusion=False)
-        wrong += differences(f"root, field {field}", out, exact_sqrt(v) * 2.0**24)
+    mantissas = torch.arange(2**23, dtype=torch.int32, device="cuda")
+    for field in (27, 28, 60, 119, 120, 126, 127, 128, 133, 134, 150, 190, 227):
+        b = (mantissas | (field << 23)).view(torch.float32)
+        out = torch.empty_like(b)
+        one_over[(b.numel() // 1024,)](b, out, BLOCK=1024, enable_fp_fusion=False)
+        wrong += differences(f"1 / b, field {field}", out, b.reciprocal())
+    for field in (25, 26, 60, 61, 126, 127, 128, 180, 251, 252):  # 2^-102 to 2^126
+        x = (mantissas | (field << 23)).view(torch.float32)
+        out = torch.empty_like(x)
+        root[(x.numel() // 1024,)](x, out, BLOCK=1024, enable_fp_fusion=False)
+        wrong += differences(f"root, field {field}", out, exact_sqrt(x))
+    out = torch.empty(1024, device="cuda")
+    root[(1,)](torch.zeros(1024, device="cuda"), out, BLOCK=1024, enable_fp_fusion=False)
+    wrong += differences("root of 0", out, torch.zeros_like(out))
+
+    q = torch.arange(-128, 128, device="cuda").to(torch.int8).repeat(64, 1)
+    u = torch.arange(256, device="cuda").to(torch.uint8).repeat(64, 1)
+    unit = torch.rand(64, device="cuda") * torch.exp2(torch.arange(-60, 68, 2, device="cuda"))
+    place, product, plain = (torch.empty(64, 256, device="cuda") for _ in range(3))
+    codes[(1,)](q, u, unit, place, product, plain, rows=64, enable_fp_fusion=False)
+    wrong += differences("q / 127", place, q.float() / torch.full((), 127.0, device="cuda"))
+    wrong += differences("u * unit", product, u.float() * unit[:, None])
+    wrong += differences("q", plain, q.float())
     assert not wrong, "\n" + "\n".join(wrong[:20])
+
+
+def test_one_launch_for_many_parameters_is_one_launch_for_each(monkeypatch):
+    """Small and large, ragged and even, at odd addresses, with and without gradients, across a change of the set."""
+
+    def build():
+        torch.manual_seed(0)
+        flat = torch.randn(200_000, device="cuda").bfloat16()
+        shapes = [(256, 256), (256,), (65,), (128, 300), (4096,), (33, 64), (1,), (40, 32)] * 3
+        params, start = [], 0
+        for shape in shapes:
+            count = torch.Size(shape).numel()
+            if start + count > flat.numel():
+                params.append(nn.Parameter(torch.randn(shape, device="cuda").bfloat16()))
+            else:
+                params.append(nn.Parameter(flat[start : start + count].view(shape)))
+            start += count
+        return params
+
+    params, others = build(), build()
+    together = FlashAdamW(params, lr=1e-2, small=64)
+    groups = [{"params": [p]} for p in others]  # a group of its own is a launch of its own
+    apart = FlashAdamW(groups, lr=1e-2, small=64)
+    for step in range(4):
+        for index, (p, q) in enumerate(zip(params, others, strict=True)):
+            grad = torch.randn(
+                p.shape, device="cuda", generator=torch.Generator("cuda").manual_seed(100 * step + index)
+            )
+            p.grad = None if step == 2 and index % 3 == 0 else grad.bfloat16()
+            q.grad = None if p.grad is None else p.grad.clone()
+        together.step()
+        apart.step()
+    found = compare(together, apart, "together / apart")
+    assert not found, "\n" + "\n".join(found)
 
 
 def test_a_strided_view_and_a_second_gradient_dtype(monkeypatch):

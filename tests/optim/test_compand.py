@@ -13,7 +13,7 @@ from outpace.optim.compand import (
     exact_ratio,
     exact_sqrt,
 )
-from outpace.optim.draws import draw_key, scale_draws
+from outpace.optim.draws import draw_key, parameter_key, scale_draws, step_key
 from outpace.optim.transfer import from_groups, to_groups
 
 SCALES = ("bf16", "fp32", "fp16")
@@ -158,7 +158,7 @@ def test_the_variance_of_an_idle_group_decays(scales, stochastic, low, high):
     v = torch.rand(500, 32, generator=torch.Generator().manual_seed(0)) + 0.5
     start = v.clone()
     for step in range(1000):
-        draws = scale_draws(0, 500, draw_key(0, 0, step))[1] if stochastic else None
+        draws = scale_draws(0, 500, draw_key(parameter_key(0, 0), step_key(step)))[1] if stochastic else None
         v = decode_variance(*encode_variance(v * 0.999, "companded8", scales, True, draws), "companded8")
     ratio = (v / (start * 0.999**1000)).mean().item()
     assert low < ratio < high

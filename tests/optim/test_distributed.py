@@ -1,4 +1,7 @@
-"""DDP and FSDP2 with two gloo processes: the bits of one process, sharded, saved, resharded and resumed."""
+"""DDP and FSDP2 with two processes: the bits of one process, sharded, saved, resharded (1 to 2, 2 to 1) and resumed.
+
+Here with gloo on the CPU; `tests/gpu/two_gpus.py` runs the same on two GPUs.
+"""
 
 import contextlib
 import os
@@ -25,10 +28,13 @@ pytestmark = pytest.mark.skipif(
 )
 
 
+DEVICE = "cpu"
+
+
 def build():
     """An uneven first dimension, an odd last one, a vector, and a frozen matrix."""
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(64, 33), nn.Linear(33, 64, bias=False), nn.Linear(64, 64)).bfloat16()
+    model = nn.Sequential(nn.Linear(64, 33), nn.Linear(33, 64, bias=False), nn.Linear(64, 64)).bfloat16().to(DEVICE)
     model[2].weight.requires_grad_(False)
     return model
 
@@ -40,7 +46,7 @@ def optimizer_of(model):
 def step(model, optimizer, seed):
     """Every process sees the same batch, so that averaging gradients changes no bit."""
     generator = torch.Generator().manual_seed(seed)
-    x = torch.randn(8, 64, generator=generator).bfloat16()
+    x = torch.randn(8, 64, generator=generator).bfloat16().to(DEVICE)
     model(x).float().square().mean().backward()
     optimizer.step()
     optimizer.zero_grad()
@@ -58,9 +64,8 @@ def assert_equal(sharded_model, sharded, model, optimizer):
             assert torch.equal(whole(sharded.state[p][name]), value), name
 
 
-def shard(model):
-    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
-    return fully_shard(model, mesh=mesh)
+def shard(model, mesh=None):
+    return fully_shard(model, mesh=mesh or init_device_mesh(DEVICE, (dist.get_world_size(),)))
 
 
 def ddp(rank, folder):
@@ -86,12 +91,11 @@ def fsdp(rank, folder):
     assert_equal(sharded, other, model, optimizer)
     with pytest.raises(UnsupportedError, match=r"torch\.distributed\.checkpoint"):
         save(other, folder / "no.safetensors")
-    states = dict(zip(("model", "optimizer"), get_state_dict(sharded, other), strict=True))
-    dcp.save(states, checkpoint_id=folder / "checkpoint")
+    keep(sharded, other, folder / "by-two")
     # resume with the same number of processes: three more steps are those of uninterrupted training
     again = shard(build())
     resumed = optimizer_of(again)
-    restore(again, resumed, folder)
+    restore(again, resumed, folder / "by-two")
     for seed in range(3, 6):
         step(model, optimizer, seed)
         step(again, resumed, seed)
@@ -112,10 +116,36 @@ def shard_like(tensor, param):
     return distribute_tensor(tensor, param.device_mesh, param.placements)
 
 
-def restore(model, optimizer, folder):
+def keep(model, optimizer, path, group=None):
     states = dict(zip(("model", "optimizer"), get_state_dict(model, optimizer), strict=True))
-    dcp.load(states, checkpoint_id=folder / "checkpoint")
+    dcp.save(states, checkpoint_id=path, process_group=group)
+
+
+def restore(model, optimizer, path):
+    states = dict(zip(("model", "optimizer"), get_state_dict(model, optimizer), strict=True))
+    dcp.load(states, checkpoint_id=path)
     set_state_dict(model, optimizer, model_state_dict=states["model"], optim_state_dict=states["optimizer"])
+
+
+def one_to_two(rank, folder):
+    """Two processes resume what a world of one saved, and train on as one process always had."""
+    meshes = init_device_mesh(DEVICE, (dist.get_world_size(), 1), mesh_dim_names=("copies", "world"))
+    model, optimizer = (m := build()), optimizer_of(m)
+    mine = shard(build(), meshes["world"])
+    other = optimizer_of(mine)
+    for seed in range(3):
+        step(model, optimizer, seed)
+        step(mine, other, seed)
+    keep(mine, other, folder / f"by-one-{rank}", meshes["world"].get_group())
+    dist.barrier()
+    again = shard(build())
+    resumed = optimizer_of(again)
+    restore(again, resumed, folder / "by-one-0")
+    assert_equal(again, resumed, model, optimizer)
+    for seed in range(3, 6):
+        step(model, optimizer, seed)
+        step(again, resumed, seed)
+    assert_equal(again, resumed, model, optimizer)
 
 
 def alone(rank, folder):
@@ -126,7 +156,7 @@ def alone(rank, folder):
     for sharded in (True, False):
         again = shard(build()) if sharded else build()
         resumed = optimizer_of(again)
-        restore(again, resumed, folder)
+        restore(again, resumed, folder / "by-two")
         assert_equal(again, resumed, model, optimizer)
         twin_model = build()
         twin = optimizer_of(twin_model)
@@ -151,7 +181,7 @@ def fsdp_release(rank, folder):
     assert_equal(sharded, other, model, optimizer)
     handle.remove()
     handle = release_gradients(sharded, other, max_norm=0.1, clip="two_pass")
-    x = torch.ones(8, 64, dtype=torch.bfloat16)
+    x = torch.ones(8, 64, dtype=torch.bfloat16, device=DEVICE)
     with handle.measure():
         sharded(x).float().square().mean().backward()
     sharded(x).float().square().mean().backward()
@@ -187,6 +217,7 @@ def two_processes(rank, folder):
     """All that two processes do, in one go: starting them takes longer than what they do."""
     ddp(rank, folder)
     fsdp(rank, folder)
+    one_to_two(rank, folder)
     fsdp_release(rank, folder)
 
 

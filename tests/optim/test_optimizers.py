@@ -324,6 +324,64 @@ def test_a_refused_group_leaves_the_optimizer_as_it_was():
     assert optimizer.param_groups[1]["lr"] == 0.5
 
 
+def test_parameters_without_a_gradient_wait_and_keep_their_own_count():
+    """What steps together shares work between steps; the result is that of stepping each parameter alone."""
+    present = [(0, 1, 2), (0, 1, 2), (1,), (0, 2), (0, 1, 2), (), (0, 1, 2)]
+    together, apart = weights((8, 64), (4, 64), (70,)), weights((8, 64), (4, 64), (70,))
+    one = FlashAdamW(together, lr=1e-2, small=0)
+    many = FlashAdamW([{"params": [p]} for p in apart], lr=1e-2, small=0)
+    for step, indices in enumerate(present):
+        for optimizer, params in ((one, together), (many, apart)):
+            for index in indices:
+                generator = torch.Generator().manual_seed(10 * step + index)
+                params[index].grad = torch.randn(params[index].shape, generator=generator).bfloat16()
+            optimizer.step()
+            optimizer.zero_grad()
+    assert_same(one, many)
+    assert [int(one.state[p]["step"]) for p in together] == [5, 5, 5]
+    # counts that part again after a load are again their own
+    state = one.state_dict()
+    state["state"][1] = state["state"][1] | {"step": torch.tensor(9)}
+    one.load_state_dict(state)
+    run(one, together, 1)
+    assert [int(one.state[p]["step"]) for p in together] == [6, 10, 6]
+
+
+def test_a_setting_that_changes_between_steps_is_checked_and_taken():
+    params, others = weights((8, 64)), weights((8, 64))
+    optimizer, twin = FlashAdamW(params, lr=1e-2, small=0), FlashAdamW(others, lr=1e-2, small=0)
+    run(optimizer, params, 2)
+    run(twin, others, 2)
+    assert_same(optimizer, twin)
+    optimizer.param_groups[0]["lr"] = 1e-3
+    run(optimizer, params, 1)
+    run(twin, others, 1)
+    assert not torch.equal(params[0], others[0])
+    for name, bad in (("lr", -1.0), ("betas", (0.9, 1.0)), ("rounding", "up"), ("backend", "cuda")):
+        before, kept = params[0].detach().clone(), optimizer.param_groups[0][name]
+        optimizer.param_groups[0][name] = bad
+        with pytest.raises(ConfigError, match=name):
+            run(optimizer, params, 1)
+        assert torch.equal(params[0], before)
+        optimizer.param_groups[0][name] = kept
+    run(optimizer, params, 1)
+
+
+def test_states_put_in_by_hand_are_taken():
+    """Offloading swaps a state's tensors, or its whole entry; the next step uses what is there then."""
+    params, others = weights((8, 64), (4, 64)), weights((8, 64), (4, 64))
+    optimizer, twin = FlashAdamW(params, lr=1e-2, small=0), FlashAdamW(others, lr=1e-2, small=0)
+    run(optimizer, params, 2)
+    run(twin, others, 2)
+    state = optimizer.state[params[0]]
+    for name, tensor in state.items():
+        state[name] = tensor.clone()
+    optimizer.state[params[1]] = {name: tensor.clone() for name, tensor in optimizer.state[params[1]].items()}
+    run(optimizer, params, 2, seed=5)
+    run(twin, others, 2, seed=5)
+    assert_same(optimizer, twin)
+
+
 # The rest of the interface --------------------------------------------------------------------------------------------
 
 

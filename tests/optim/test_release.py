@@ -8,6 +8,7 @@ from torch import nn
 
 from outpace.errors import ConfigError, UnsupportedError
 from outpace.optim import FlashAdamW, FlashLion, FlashSGD, release_gradients
+from outpace.optim.stepping import step_parameters
 
 
 class Tied(nn.Module):
@@ -115,9 +116,8 @@ def test_two_passes_clip_by_the_exact_norm():
         for p in model.parameters():
             if p.grad is not None:  # in float32, as the release does; torch's clipping rounds back to bf16
                 scale = (0.5 / (norm + 1e-6)).clamp(max=1.0)
-                optimizer._step_parameter(
-                    [q is p for _, q, _ in optimizer._places()].index(True), p, optimizer.param_groups[0], scale
-                )
+                position = [q is p for _, q, _ in optimizer._places()].index(True)
+                step_parameters(optimizer, [(position, p, optimizer.param_groups[0])], scale)
         optimizer.zero_grad()
         with handle.measure():
             backward(released_model, seed, 10.0)

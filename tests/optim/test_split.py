@@ -4,12 +4,16 @@ import pytest
 import torch
 
 from outpace.errors import UnsupportedError
-from outpace.optim.draws import draw_key, uniforms
+from outpace.optim.draws import byte_draws, draw_key, parameter_key, step_key, uniforms
 from outpace.optim.split import half_ulp, merge, merge_ordinal, split, split_ordinal
 
 FIELDS = (0, 1, 2, 60, 127, 200, 254)  # exponent fields of fp32: subnormal, the two smallest, ordinary, the largest
 ORDINARY = (60, 127, 200)
 MANTISSAS = torch.arange(2**23, dtype=torch.int32)
+
+
+def key_of(seed, parameter, step):
+    return draw_key(parameter_key(seed, parameter), step_key(step))
 
 
 def floats(field: int, step: int = 1, negative: bool = False) -> torch.Tensor:
@@ -165,16 +169,35 @@ def test_other_dtypes_are_refused_in_words():
 def test_stochastic_codes_are_unbiased():
     # 10^5 encodings of each value: the mean's standard error is at most half a step / sqrt(10^5); four of them fail
     # by chance with odds 6e-5 per value.
-    draws = uniforms(0, 100_000, draw_key(0, 0, 1))
+    key = key_of(0, 0, 1)
+    uniform, draws = uniforms(0, 100_000, key), byte_draws(0, 100_000, key)
     for value in (1.0 + 1e-5, 1.0 - 3e-6, 0.3, -1.7, 2.0**-20 * 1.234):
         theta = torch.full((100_000,), value)
-        back = merge(*split(theta, torch.bfloat16, 8, uniform=draws)).double()
         step = half_ulp(theta[:1].bfloat16()).double().item() / 127
-        assert abs(back.mean().item() - theta[0].double().item()) <= 4 * 0.5 * step / 100_000**0.5 + 1e-12
+        for back in (
+            merge(*split(theta, torch.bfloat16, 8, uniform=uniform)),
+            merge_ordinal(*split_ordinal(theta, 8, draws=draws)),
+        ):
+            bias = back.double().mean().item() - theta[0].double().item()
+            assert abs(bias) <= 4 * 0.5 * step / 100_000**0.5 + 1e-12
+
+
+@pytest.mark.parametrize("stochastic", [False, True])
+def test_an_ordinal_code_that_is_read_and_written_again_is_the_same(stochastic):
+    """Whatever is drawn: the bits that are rounded away are zero. So weights at rest do not walk."""
+    narrow = all_bf16()
+    for code in range(-128, 128, 3):
+        codes = torch.full(narrow.shape, code, dtype=torch.int8)
+        theta = merge_ordinal(narrow, codes)
+        fine = (theta.abs() <= torch.finfo(torch.bfloat16).max) & ((narrow != 0) | (code >= 0))
+        draws = torch.full(theta.shape, 255, dtype=torch.int32) if stochastic else None
+        again, low = split_ordinal(theta, 8, draws=draws)
+        assert torch.equal(again[fine].view(torch.int16), narrow[fine].view(torch.int16))
+        assert torch.equal(low[fine], codes[fine])
 
 
 def test_draws_depend_on_the_place_alone_and_are_uniform():
-    key = draw_key(7, 3, 11)
+    key = key_of(7, 3, 11)
     whole = uniforms(0, 1 << 16, key)
     assert torch.equal(whole[1000:2000], uniforms(1000, 1000, key))
     assert torch.equal(whole[1001:1500], uniforms(1001, 499, key))
@@ -184,7 +207,14 @@ def test_draws_depend_on_the_place_alone_and_are_uniform():
     counts = torch.histc(whole, 256, 0, 1)
     assert ((counts - 256) ** 2 / 256).sum().item() < 255 + 5 * 22.6
     assert abs(torch.corrcoef(torch.stack([whole[::2], whole[1::2]]))[0, 1].item()) < 5 / (1 << 15) ** 0.5
-    assert draw_key(7, 3, 11) != draw_key(7, 3, 12) != draw_key(7, 4, 12) != draw_key(8, 4, 12)
+    codes = byte_draws(0, 1 << 16, key)
+    assert torch.equal(codes[1001:1500], byte_draws(1001, 499, key))
+    counts = torch.bincount(codes, minlength=256)
+    assert ((counts - 256.0) ** 2 / 256).sum().item() < 255 + 5 * 22.6
+    for shift in (1, 2, 3, 4):
+        pair = torch.stack([codes[:-shift], codes[shift:]]).double()
+        assert abs(torch.corrcoef(pair)[0, 1].item()) < 5 / (1 << 16) ** 0.5
+    assert key_of(7, 3, 11) != key_of(7, 3, 12) != key_of(7, 4, 12) != key_of(8, 4, 12)
 
 
 @pytest.mark.parametrize(
@@ -206,7 +236,18 @@ def test_how_far_small_updates_move_a_weight(update, bits, stochastic, low, high
     narrow, code = split(theta, torch.bfloat16, bits)
     start = merge(narrow, code).double()
     for step in range(400):
-        draws = uniforms(0, 4000, draw_key(0, 0, step)) if stochastic else None
+        draws = uniforms(0, 4000, key_of(0, 0, step)) if stochastic else None
         narrow, code = split(merge(narrow, code) + update, torch.bfloat16, bits, uniform=draws)
     moved = ((merge(narrow, code).double() - start) / (400 * update)).mean().item()
     assert low - 1e-9 <= moved <= high + 1e-9
+
+
+@pytest.mark.parametrize("update", [1e-4, 2e-5, 1.2e-5, 5e-6, 1e-6])
+def test_ordinal_codes_move_with_every_small_update(update):
+    narrow, code = split_ordinal(torch.linspace(1.0, 1.9, 4000), 8)
+    start = merge_ordinal(narrow, code).double()
+    for step in range(400):
+        draws = byte_draws(0, 4000, key_of(0, 0, step))
+        narrow, code = split_ordinal(merge_ordinal(narrow, code) + update, 8, draws=draws)
+    moved = ((merge_ordinal(narrow, code).double() - start) / (400 * update)).mean().item()
+    assert 0.95 <= moved <= 1.05

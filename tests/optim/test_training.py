@@ -110,8 +110,8 @@ ADAM = {"lr": 6e-3, "betas": (0.9, 0.95), "weight_decay": 0.1}
 
 
 @functools.cache
-def exact_adamw(seed):
-    return train(lambda masters: torch.optim.AdamW(masters, **ADAM), seed)[0]
+def exact_adamw(seed, beta2=0.95):
+    return train(lambda masters: torch.optim.AdamW(masters, **ADAM | {"betas": (0.9, beta2)}), seed)[0]
 
 
 @pytest.mark.parametrize(("seed", "scale"), [(0, 1.0), (1, 1.0), (2, 1.0), (0, 1e-5), (1, 1e5)])
@@ -121,13 +121,16 @@ def test_adamw_ends_where_exact_adamw_does(seed, scale):
     assert abs(loss - exact_adamw(seed)) < NOISE
 
 
-def test_naive_8_bit_states_diverge_in_the_same_test():
-    """Linear codes round small variances to zero beside large ones, and the next update divides by almost nothing."""
-    naive = flash(FlashAdamW, states="linear8", paper=True, **ADAM)
-    runs = {seed: train(naive, seed) for seed in (0, 2)}
-    for seed, (loss, _) in runs.items():
-        assert loss > exact_adamw(seed) + 0.2
-    assert max(worst for _, worst in runs.values()) > math.log(VOCABULARY)  # worse than guessing
+@pytest.mark.parametrize("seed", [0, 1])
+def test_naive_8_bit_states_diverge_in_the_same_test(seed):
+    """Linear codes round small variances to zero beside large ones, and the next update divides by almost nothing. With
+    a long memory for variances that lasts: losses in the tens where exact AdamW, and ours, end at 1.85."""
+    slow = ADAM | {"betas": (0.9, 0.999)}
+    loss, worst = train(flash(FlashAdamW, states="linear8", paper=True, **slow), seed)
+    ours, _ = train(flash(FlashAdamW, **slow), seed)
+    assert abs(ours - exact_adamw(seed, 0.999)) < NOISE
+    assert loss > ours + 0.2
+    assert worst > math.log(VOCABULARY)  # worse than guessing
 
 
 def test_published_scales_fail_this_test_at_small_gradients():

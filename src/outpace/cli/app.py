@@ -8,6 +8,7 @@ import typer
 from typer.core import TyperGroup
 
 from outpace import __version__
+from outpace.cli.bench import bench
 from outpace.cli.check import check
 from outpace.cli.corpus import corpus
 from outpace.cli.demo import demo
@@ -17,6 +18,7 @@ from outpace.cli.inspect import inspect
 from outpace.cli.options import FAILED, INTERRUPTED, WRONG_USAGE, wants_traceback
 from outpace.cli.render import complain
 from outpace.cli.train import train
+from outpace.cli.widen import widen
 from outpace.errors import ConfigError, OutpaceError
 
 
@@ -69,3 +71,5 @@ app.command()(demo)
 app.command()(corpus)
 app.command()(train)
 app.command()(inspect)
+app.add_typer(bench, help="Measure drafters on your model, your machine, your prompts.")
+app.command()(widen)

@@ -84,6 +84,7 @@ def corpus(
         "shards": {"found": report.found, "written": report.written, "left": report.left},
         "empty": report.empty,
         "long_prompts": report.long_prompts,
+        "repeated_in_ids": report.repeated,
         "prompts": found.as_dict(),
     }
     if as_json:
@@ -93,7 +94,7 @@ def corpus(
         f"{report.answers} answers, {report.tokens} tokens in {report.seconds:.0f} s "
         f"({report.tokens / max(report.seconds, 1e-9):.0f} tokens/s); shards: {report.found} were there, "
         f"{report.written} written, {report.left} left; {report.empty} empty answers and {report.long_prompts} prompts "
-        f"of more than {max_prompt} tokens left out",
+        f"of more than {max_prompt} tokens left out, {report.repeated} equal to another in ids",
         soft_wrap=True,
     )
 

@@ -1,4 +1,4 @@
-"""The demo: SmolLM2 answers real prompts, plainly and with every drafter that needs no training and no second model."""
+"""The demo: SmolLM2 answers real prompts, plainly, with drafters that need no training, and with those that ship."""
 
 from __future__ import annotations
 
@@ -41,14 +41,15 @@ def demo(
 
     started = time.perf_counter()
     on = console()
-    on.print(
-        f"{len(SAMPLES)} prompts at temperatures {' and '.join(f'{t:g}' for t in TEMPERATURES)}, each answered "
-        f"plainly and with {len(DRAFTERS)} drafters that need no training, from the same seed. Two to three minutes on "
-        f"two idle CPU cores; what does not fit into {BUDGET_S} s is left out. Ctrl-C leaves.\n"
-    )
     settings = Settings(max_new_tokens=max_new_tokens, seed=seed)
     target = load_target(model, dtype=dtype, device=device, trust_remote_code=False)
-    engines = {"plain": Engine(target, None)} | {name: Engine(target, name) for name in DRAFTERS}
+    drafters = (*DRAFTERS, *_shipped(target))
+    on.print(
+        f"{len(SAMPLES)} prompts at temperatures {' and '.join(f'{t:g}' for t in TEMPERATURES)}, each answered "
+        f"plainly and with {len(drafters)} drafters ({', '.join(drafters)}), from the same seed. Two to three minutes "
+        f"on two idle CPU cores; what does not fit into {BUDGET_S} s is left out. Ctrl-C leaves.\n"
+    )
+    engines = {"plain": Engine(target, None)} | {name: Engine(target, name) for name in drafters}
     warm_up(list(engines.values()), _ids(target, SAMPLES[0]), settings)
     on.print(legend(on))
     races: list[Race] = []
@@ -63,6 +64,14 @@ def demo(
         races.append(_race(target, engines, auditor, sample, one))
         _show(races[-1], target, on)
     _close(races, time.perf_counter() - started, on)
+
+
+def _shipped(target: Target) -> list[str]:
+    """Names of the drafters that ship for this target."""
+    from outpace.drafters import drafter_names
+    from outpace.drafters.checkpoint import find_shipped
+
+    return [name for name in drafter_names() if find_shipped(name, target) is not None]
 
 
 @dataclass(frozen=True)

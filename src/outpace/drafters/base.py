@@ -15,12 +15,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar
 
+from outpace.errors import UnsupportedError
 from outpace.laws import Draft, DraftKind, Sampler, Tree, Walk
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from outpace.target import BlockCache, GatedLoRA, Readout, Scouts, Target
+    from outpace.target.widen import Widening
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -107,6 +109,22 @@ class Drafter(ABC):
             CheckpointError: if it was not, saying what differs.
         """
         del target
+
+    def forget(self) -> None:  # noqa: B027  # most drafters keep nothing between requests
+        """Drop what earlier requests taught; weights stay."""
+
+    def widened(self, widening: Widening) -> Drafter:
+        """This drafter for a target that was widened; one that reads no features is its own.
+
+        Raises:
+            UnsupportedError: if it reads features and does not say how it widens.
+        """
+        if self.needs.taps or self.adapter is not None:
+            raise UnsupportedError(
+                f"drafter {self.name!r} was trained on features of {widening.small.hidden_size} numbers and does not "
+                f"say how it is {widening.label}; leave it out, or run it on the target as it is"
+            )
+        return self
 
     def start(self, context: Context, request: RequestContext, taps: Mapping[str, Tensor]) -> None:
         """A request joins: its prompt except the root is in the target's cache.

@@ -142,7 +142,7 @@ class Losses:
         return cls(
             total=total,
             sums=torch.stack([s.detach().float() for s in sums]),
-            counts=torch.tensor([float(s.shape[0]) for s in slots], device=total.device),
+            counts=torch.stack([total.new_full((), float(s.shape[0])) for s in slots]),  # no copy from the host
             hits=torch.stack([h.sum().float() for h in hits]),
             hit_map=hit_map,
         )
@@ -223,6 +223,7 @@ class LearnedDrafter(Drafter):
         self._source: Path | None = None
         self._force = False
         self._fitted: Target | None = None
+        self._chosen: dict[str, Any] = {}
 
     @abstractmethod
     def build(self, target: Target) -> nn.Module:
@@ -295,13 +296,30 @@ class LearnedDrafter(Drafter):
                 f"it (outpace corpus, then outpace train --drafter {self.name}) and pass its folder as the drafter"
             )
         if self._source is None:
-            trained = {k: v for k, v in read_config(source)["options"].items() if k not in self.decoding}
-            for name, value in trained.items():
-                setattr(self, name, _like(getattr(self, name), value))
+            self._take_shipped(read_config(source)["options"])
         options, tensors = load_checkpoint(source, self.name, target, force=self._force)
         del options
         self.restore(tensors, target)
         self._take(target)
+
+    def choose(self, options: Mapping[str, Any]) -> None:
+        """Remember which options were asked for by name, so that weights made with others are refused."""
+        self._chosen = dict(options)
+
+    def _take_shipped(self, options: Mapping[str, Any]) -> None:
+        """Options of the weights that ship; of those that only decode, the ones nobody asked for."""
+        for name, value in options.items():
+            value = _like(getattr(self, name), value)
+            asked = self._chosen.get(name, value)
+            if name in self.decoding:
+                setattr(self, name, asked)
+                continue
+            if asked != value:
+                raise ConfigError(
+                    f"{self.name}:{name}={asked} was asked for, and the weights that ship were trained with {value}; "
+                    f"leave it away, or train your own (outpace train --drafter {self.name}:{name}={asked})"
+                )
+            setattr(self, name, value)
 
     def restore(self, tensors: Mapping[str, Tensor], target: Target) -> None:
         """Build the module and load a checkpoint's tensors into it.
@@ -337,6 +355,7 @@ class LearnedDrafter(Drafter):
         copy = type(self)(**{name: getattr(self, name) for name in self.options()})
         copy.restore(self.weights() if weights is None else weights, self.target)
         copy._take(self.target)
+        copy.recipe, copy.provenance = self.recipe, self.provenance
         return copy
 
     def _take(self, target: Target) -> None:

@@ -2,11 +2,13 @@
 
 `row_losses` is the definition, in plain float32 torch. `head_loss` applies it chunk by chunk: logits of a chunk live
 until its gradient with respect to the hidden states is known, so memory is chunk x vocabulary whatever the number of
-rows and depths (Gloeckle et al. 2024, section 2, in another form).
+rows and depths (Gloeckle et al. 2024, section 2, in another form). On CUDA the soft losses take a kernel instead
+(`losses_fused`).
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
@@ -91,12 +93,16 @@ class Teacher:
         """P of `row_losses` for some rows."""
         if kind == "hard":
             return None
-        states = self.states[self.rows[chunk]]
-        kept = F.linear(states, head.teacher).float()
+        kept = self.logits(head, chunk).float()
         if kind in ("soft", "kl", "reverse_kl") or not head.reduced:
             return torch.softmax(kept, -1)
+        states = self.states.index_select(0, self.rows[chunk])
         norm = torch.logsumexp(F.linear(states, head.teacher_full).float(), -1, keepdim=True)
         return torch.exp(kept - norm)
+
+    def logits(self, head: DraftHead, chunk: slice) -> Tensor:
+        """The target's logits of the draft vocabulary for some rows: [c, Vd]."""
+        return F.linear(self.states.index_select(0, self.rows[chunk]), head.teacher)
 
 
 def head_loss(
@@ -120,6 +126,17 @@ def head_loss(
     return total, hits
 
 
+def _fused(kind: LossKind, hidden: Tensor) -> Callable[..., tuple[Tensor, Tensor]] | None:
+    """The kernel, where there is one for this loss and device."""
+    if kind not in ("soft", "kl") or not hidden.is_cuda:
+        return None
+    try:
+        from outpace.drafters.losses_fused import soft_rows
+    except ImportError:  # torch for CUDA comes with Triton; other builds do without
+        return None
+    return soft_rows
+
+
 class _Chunked(torch.autograd.Function):
     """Sum of row losses; gradients are made in the forward pass, one chunk's logits at a time."""
 
@@ -139,8 +156,20 @@ class _Chunked(torch.autograd.Function):
         into_hidden = torch.zeros_like(hidden) if wants[0] else None
         into_weight = torch.zeros_like(weight) if wants[1] else None
         hits = torch.zeros(hidden.shape[0], dtype=torch.bool, device=hidden.device)
+        fused = _fused(kind, hidden)
         for start in range(0, hidden.shape[0], chunk):
             part = slice(start, start + chunk)
+            if fused is not None:
+                rows, own = hidden[part].detach(), weight.detach()
+                logits = F.linear(rows, own.to(rows.dtype)).contiguous()
+                loss, best = fused(logits, teacher.logits(head, part).to(logits.dtype), divergence=kind == "kl")
+                if into_hidden is not None:
+                    into_hidden[part] = logits @ own.to(logits.dtype)
+                if into_weight is not None:
+                    into_weight += (logits.T @ rows.to(logits.dtype)).to(into_weight.dtype)
+                hits[part] = best == label[part]
+                total += loss.sum()
+                continue
             p = teacher.law(kind, head, part)
             with torch.enable_grad():
                 rows = hidden[part].detach().requires_grad_(wants[0])

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from outpace.target import Readout, Scouts, Target
+    from outpace.target.widen import Widening
 
 
 class Merged(Drafter):
@@ -48,6 +49,15 @@ class Merged(Drafter):
         """Fit each."""
         for drafter in self.drafters:
             drafter.fit(target)
+
+    def forget(self) -> None:
+        """Forget with each."""
+        for drafter in self.drafters:
+            drafter.forget()
+
+    def widened(self, widening: Widening) -> Merged:
+        """Each widened."""
+        return Merged([drafter.widened(widening) for drafter in self.drafters], max_nodes=self.max_nodes)
 
     def start(self, context: Context, request: RequestContext, taps: Mapping[str, Tensor]) -> None:
         """Start each."""

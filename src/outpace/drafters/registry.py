@@ -79,6 +79,10 @@ def _make_one(spec: str) -> Drafter:
         drafter = cls(**options)
     except TypeError as error:
         raise ConfigError(f"drafter {name!r} cannot be made: {error}; options: {_signature(cls)}") from error
+    from outpace.drafters.learning import LearnedDrafter
+
+    if isinstance(drafter, LearnedDrafter):
+        drafter.choose(options)
     return drafter
 
 

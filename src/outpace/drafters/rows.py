@@ -88,12 +88,12 @@ def unrolled_losses(net: RowNet, batch: Batch, recipe: Recipe, *, dense: bool | 
         cos, sin = net.rotary(batch.positions + step)
         y = net(embedded, z, cos, sin, unrolled.attend)
         where = batch.slots_before(step + 2)
-        rows = y.flatten(0, 1)[where]
+        rows = y.flatten(0, 1).index_select(0, where)
         loss, hit = head_loss(
             recipe.loss, net.readout(rows), net.head, flat[where + 2 + step], Teacher(states, where + 1 + step)
         )
         if net.regression:
-            wanted = states[where + 1 + step].to(rows.dtype)
+            wanted = states.index_select(0, where + 1 + step).to(rows.dtype)
             loss = loss + net.regression * nn.functional.smooth_l1_loss(rows, wanted, reduction="none").mean(-1).sum()
         sums.append(loss)
         slots.append(where)

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from time import perf_counter
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -33,7 +33,10 @@ from outpace.laws import (
     check_names,
     find_rule,
 )
-from outpace.target import STRICT_ALIGN, Target
+from outpace.target import STRICT_ALIGN, PathName, Target
+
+if TYPE_CHECKING:
+    from outpace.engine.device.rounds import DeviceRounds
 
 STRICT_ROWS = 16
 
@@ -74,6 +77,8 @@ class Engine:
             decoding use the same kernels. Slower; for audits.
         stand_down: decode plainly where drafts measurably do not pay.
         check_integrity: check the cache's invariants after every round (tests).
+        path: how passes and rounds run: "auto" (captured on CUDA where possible), "readable" (the model's own modules
+            and the loop of `engine.round`), "fast" (refuse anything else).
 
     Raises:
         ConfigError: on an unknown rule or drafter, or a drafter the rule cannot verify.
@@ -90,8 +95,9 @@ class Engine:
         strict: bool | int = False,
         stand_down: bool = True,
         check_integrity: bool = False,
+        path: PathName | None = None,
     ) -> None:
-        self.target = target
+        self.target = target if path is None else target.through(path)
         self.drafter = make_drafter(drafter)
         self.rule_name: RuleName = rule
         self._rule = find_rule(rule)
@@ -102,8 +108,9 @@ class Engine:
         self.pace = Pace(enabled=stand_down)
         self._checks = check_integrity
         self._context = Context(
-            target, target.new_cache(align=STRICT_ALIGN) if self.strict_rows else target.new_cache()
+            self.target, target.new_cache(align=STRICT_ALIGN) if self.strict_rows else target.new_cache()
         )
+        self._device: DeviceRounds | None = None
         self._live: list[_Live] = []
         self._waiting: deque[_Live] = deque()
         self._next_uid = 0
@@ -155,7 +162,7 @@ class Engine:
         batch = as_batch(prompts)
         encoded = [encode(self.target, prompt) for prompt in batch]
         uids = [
-            self._enqueue(ids, settings, settings.request if settings.request is not None else i)
+            self._enqueue(ids, settings, settings.request if settings.request is not None else i, streamed=False)
             for i, ids in enumerate(encoded)
         ]
         done: dict[int, Output] = {}
@@ -204,20 +211,34 @@ class Engine:
             requests = self._context.requests
             self.pace.decide(requests)
             try:
-                played = play_round(
-                    self._context,
-                    self.drafter,
-                    self._rule,
-                    [live.stopping for live in self._live],
-                    self.timing,
-                    strict_rows=self.strict_rows,
-                )
+                played = self._play()
             except BaseException:
                 self._context.cache.drop()
                 raise
             if self.drafter is not None:
                 self.pace.learn(requests, played.rounds, played.ms, self.drafter.name)
             return self._settle(played)
+
+    def _play(self) -> Played:
+        """One round, on the device where that can be, else the readable one."""
+        stoppings = [live.stopping for live in self._live]
+        device = self._device_rounds()
+        if device is not None and device.takes(self._context):
+            return device.play(self._context, self.drafter, stoppings, self.timing)
+        if device is not None:
+            device.forget()
+        return play_round(self._context, self.drafter, self._rule, stoppings, self.timing, strict_rows=self.strict_rows)
+
+    def _device_rounds(self) -> DeviceRounds | None:
+        """The captured loop, where target, rule and drafter allow it."""
+        fast = self.target.captured
+        if fast is None or self.rule_name != "path" or self.strict_rows:
+            return None
+        if self._device is None or self._device.fast is not fast:
+            from outpace.engine.device.rounds import DeviceRounds
+
+            self._device = DeviceRounds(fast, self.target.layer_ids)
+        return self._device if self._device.serves(self.drafter) else None
 
     def cancel(self, uid: int) -> Output:
         """Take a request out, wherever it is, and return what it had.
@@ -247,7 +268,7 @@ class Engine:
         """Take the drafter's adapter off the model; the engine is not to be used afterwards."""
         self._open.close()
 
-    def _enqueue(self, ids: list[int], settings: Settings, request: int) -> int:
+    def _enqueue(self, ids: list[int], settings: Settings, request: int, *, streamed: bool = True) -> int:
         target = self.target
         eos = () if settings.ignore_eos else settings.eos if settings.eos is not None else target.eos
         if settings.stop and target.tokenizer is None:
@@ -265,7 +286,7 @@ class Engine:
             eos=eos,
         )
         context = RequestContext(list(ids), len(ids), sampler, room)
-        stopping = Stopping(_decoder(target), eos=eos, stop=settings.stop, max_tokens=room)
+        stopping = Stopping(_decoder(target), eos=eos, stop=settings.stop, max_tokens=room, streamed=streamed)
         plain = self.drafter is None or settings.greedy
         guarantee: Guarantee = "path" if plain else GUARANTEES[self.rule_name]
         self._waiting.append(_Live(self._next_uid, context, stopping, guarantee))
@@ -277,7 +298,7 @@ class Engine:
         cache, request, drafter = self._context.cache, live.context, self.drafter
         started = perf_counter()
         slot = len(self._live)
-        cache.reserve(slots=slot + 1, capacity=len(request.tokens) + 64)
+        cache.reserve(slots=self._slots(slot + 1), capacity=self._capacity(request))
         self._live.append(live)
         self._context.requests.append(request)
         taps = self.target.prefill(
@@ -288,6 +309,18 @@ class Engine:
         live.admitted = perf_counter()
         live.stats.prefill_ms = 1e3 * (live.admitted - started)
         self.timing.prefill_ms += live.stats.prefill_ms
+
+    def _slots(self, wanted: int) -> int:
+        """Slots to hold when so many are needed: doubling, since growing moves the whole cache."""
+        slots = self._context.cache.slots
+        return slots if wanted <= slots else min(max(wanted, 2 * slots), max(wanted, self.max_batch))
+
+    def _capacity(self, request: RequestContext) -> int:
+        """Entries to hold for a request: on a GPU all that it may need, since growing there means capturing anew."""
+        rows = 64
+        if self.target.captured is None:
+            return len(request.tokens) + rows
+        return len(request.tokens) + min(request.remaining, 1024) + rows
 
     def _settle(self, played: Played) -> list[Progress]:
         """Record a round and retire what ended."""

@@ -79,7 +79,7 @@ def play_round(
     requests, target, cache = context.requests, context.target, context.cache
     started = perf_counter()
 
-    trees = _propose(context, drafter, strict_rows)
+    trees = drafted_trees(context, drafter, strict_rows)
     lengths = cache.lengths[: len(requests)]
     width = strict_rows or (2 if target.row_invariant else 1)
     block = Block.of([r.root for r in requests], trees, lengths, target.device, width=width)
@@ -112,7 +112,7 @@ def play_round(
         request.round_index += 1
         depths = tree.depths()
         rounds.append(Round(walk.tokens, len(walk.nodes), len(tree), max(depths, default=0)))
-        reached.append(_reached(tree, walk))
+        reached.append(reached_depth(tree, walk))
     ended = perf_counter()
 
     timing.rounds += 1
@@ -123,7 +123,7 @@ def play_round(
     return Played(rounds, verdicts, reached, 1e3 * (ended - started))
 
 
-def _propose(context: Context, drafter: Drafter | None, strict_rows: int) -> list[Tree]:
+def drafted_trees(context: Context, drafter: Drafter | None, strict_rows: int) -> list[Tree]:
     """One checked tree per request, no deeper than can still be emitted."""
     requests = context.requests
     if drafter is None or not any(r.speculate and r.depth_limit for r in requests):
@@ -151,7 +151,7 @@ def _same_kernels(cache: BlockCache, slot: int) -> int:
     return cache.attended(length + 2) - length
 
 
-def _reached(tree: Tree, walk: Walk) -> int:
+def reached_depth(tree: Tree, walk: Walk) -> int:
     """Depths at which a draft token was put to the test: those passed, and the next one if the draft went on."""
     last = walk.nodes[-1] if walk.nodes else -1
     return len(walk.nodes) + (last in tree.parents)

@@ -50,6 +50,13 @@ class Sampler:
         )
 
     @property
+    def plain(self) -> bool:
+        """Whether the law is softmax(logits / temperature), or arg-max: nothing depends on history or truncates."""
+        s = self.settings
+        truncates = s.top_k is not None or (s.top_p is not None and s.top_p < 1.0) or bool(s.min_p)
+        return self._plain_logits and s.noise == "uniform" and not truncates
+
+    @property
     def greedy(self) -> bool:
         """Whether tokens are chosen by arg-max."""
         return self.settings.greedy

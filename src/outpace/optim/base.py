@@ -12,11 +12,11 @@ from torch import Tensor
 
 from outpace.errors import ConfigError, UnsupportedError
 from outpace.optim import shards
-from outpace.optim.draws import draw_key
-from outpace.optim.reference import Stored, reference_step, row_length
+from outpace.optim.reference import row_length
 from outpace.optim.rules import Rule
 from outpace.optim.settings import FORMAT, GROUP, PAPER, Storage
 from outpace.optim.split import CODES
+from outpace.optim.stepping import gradient_of, step_parameters
 
 Backend = Literal["auto", "reference", "triton"]
 NonFinite = Literal["hold", "raise"]
@@ -50,6 +50,8 @@ class FlashOptimizer(torch.optim.Optimizer):
     ) -> None:
         chosen = Storage(**((PAPER if paper else {}) | {k: v for k, v in storage.items() if v is not None}))
         own = {name: getattr(chosen, name) for name in STORAGE_KEYS}
+        if storage.get("residual") is None and not paper:
+            own["residual"] = None  # each param group takes what suits its master
         own |= {"backend": backend, "nonfinite": nonfinite, "format": FORMAT, "seed": seed}
         super().__init__(params, defaults | own)
         self._refuse_idle_master()
@@ -86,8 +88,18 @@ class FlashOptimizer(torch.optim.Optimizer):
             self.param_groups.pop()
             raise
 
-    def _check_group(self, group: Group) -> None:
-        storage = Storage.of_group(group)
+    def _settings_of(self, group: Group) -> tuple[Rule, Storage]:
+        """The rule and storage of a group, checked when the group is new and whenever one of its settings changed."""
+        checked: dict[int, tuple[list[Any], tuple[Rule, Storage]]] = self.__dict__.setdefault("_checked", {})
+        now = [group.get(name) for name in self.defaults]
+        known = checked.get(id(group))
+        if known is None or known[0] != now:
+            self._check_settings(group)
+            known = checked[id(group)] = (now, (self.rule(group), Storage.of_group(group)))
+        return known[1]
+
+    def _check_settings(self, group: Group) -> None:
+        Storage.of_group(group)
         for name in ("lr", "weight_decay"):
             value = group[name]
             if isinstance(value, Tensor):
@@ -101,6 +113,11 @@ class FlashOptimizer(torch.optim.Optimizer):
         if not isinstance(group["seed"], int):
             raise ConfigError(f"seed={group['seed']!r} must be an integer")
         self.check_numbers(group)
+
+    def _check_group(self, group: Group) -> None:
+        self._check_settings(group)
+        storage = Storage.of_group(group)
+        group["residual"] = storage.residual
         for param in group["params"]:
             if param.dtype not in _WEIGHT_DTYPES:
                 raise UnsupportedError(
@@ -293,9 +310,8 @@ class FlashOptimizer(torch.optim.Optimizer):
             release.finish()
             return loss
         ready = [(i, p, g) for i, p, g in self._places() if p.grad is not None]
-        self._refuse_nonfinite([(p, g) for _, p, g in ready])
-        for position, param, group in ready:
-            self._step_parameter(position, param, group)
+        self._refuse_nonfinite(ready)
+        step_parameters(self, ready)
         return loss
 
     def zero_grad(self, set_to_none: bool = True) -> None:
@@ -317,11 +333,17 @@ class FlashOptimizer(torch.optim.Optimizer):
         flags: dict[torch.device, Tensor] = self.__dict__.setdefault("_held", {})
         return flags
 
-    def _refuse_nonfinite(self, ready: list[tuple[Tensor, Group]]) -> None:
-        checked = [p for p, g in ready if g["nonfinite"] == "raise" and p.numel()]
+    def _flag(self, device: torch.device) -> Tensor:
+        flags = self._flags()
+        if device not in flags:
+            flags[device] = torch.zeros((), dtype=torch.bool, device=device)
+        return flags[device]
+
+    def _refuse_nonfinite(self, ready: list[tuple[int, Tensor, Group]]) -> None:
+        checked = [p for _, p, g in ready if g["nonfinite"] == "raise" and p.numel()]
         if not checked:
             return
-        finite = torch.stack([shards.local(_grad(p)).isfinite().all() for p in checked]).tolist()
+        finite = torch.stack([shards.local(gradient_of(p)).isfinite().all() for p in checked]).tolist()
         for param, fine in zip(checked, finite, strict=True):
             if not fine:
                 raise ConfigError(
@@ -329,53 +351,6 @@ class FlashOptimizer(torch.optim.Optimizer):
                     "stepped. Look for it with torch.autograd.set_detect_anomaly(True), or leave such elements alone "
                     "with nonfinite='hold'"
                 )
-
-    def _step_parameter(self, position: int, param: Tensor, group: Group, scale: Tensor | None = None) -> None:
-        """One step of one parameter; scale multiplies its gradient."""
-        gradient = _grad(param)
-        if gradient.layout != torch.strided:
-            raise UnsupportedError(
-                f"the gradient of a parameter of shape {tuple(param.shape)} is sparse; build its module with "
-                "sparse=False, or give it to torch.optim.SparseAdam"
-            )
-        state = self._state_of(param, group)
-        state["step"] += 1
-        weight, grad = shards.local(param), shards.local(gradient)
-        if weight.numel() == 0:
-            return
-        step = int(state["step"])
-        rule, storage = self.rule(group), Storage.of_group(group)
-        if group["maximize"]:
-            scale = torch.full((), -1.0, device=weight.device) if scale is None else -scale
-        stored = self._stored(param, weight.contiguous(), state, rule)
-        key = draw_key(group["seed"], position, step)
-        run = _backend(group["backend"], weight.device)
-        if stored.first_slot % 2:  # a vector cut at an odd place; the kernel draws for two neighbours at once
-            run = reference_step
-        run(rule, storage, stored, grad.contiguous(), rule.numbers(group, step), key, scale)
-        if not weight.is_contiguous():
-            weight.copy_(stored.weight)
-
-    def _stored(self, param: Tensor, weight: Tensor, state: Mapping[str, Any], rule: Rule) -> Stored:
-        def part(name: str | None, flat: bool = False) -> Tensor | None:
-            if name is None or name not in state:
-                return None
-            value = shards.local(state[name])
-            return value.view(-1) if flat else value
-
-        flags = self._flags()
-        if weight.device not in flags:
-            flags[weight.device] = torch.zeros((), dtype=torch.bool, device=weight.device)
-        return Stored(
-            weight=weight,
-            residual=part("residual" if "residual" in state else "master"),
-            first=part(rule.first),
-            first_scale=part(f"{rule.first}_scale", flat=True),
-            second=part(rule.second),
-            second_scale=part(f"{rule.second}_scale", flat=True),
-            held=flags[weight.device],
-            first_slot=shards.first_slot(param),
-        )
 
     # Copies and checkpoints --------------------------------------------------------------------------------------
 
@@ -386,6 +361,16 @@ class FlashOptimizer(torch.optim.Optimizer):
                 "call remove() on the handle first"
             )
         return super().__getstate__()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Codes, scales and counts as they are, in torch's form; no two of its tensors share memory."""
+        packed = super().state_dict()
+        # Parameters that step together share one count between steps (`stepping`).
+        packed["state"] = {
+            key: state | {"step": state["step"].clone()} if "step" in state else state
+            for key, state in packed["state"].items()
+        }
+        return packed
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -402,34 +387,9 @@ class FlashOptimizer(torch.optim.Optimizer):
             replaced = hook(self, state_dict)
             state_dict = state_dict if replaced is None else replaced
         load(self, state_dict)
+        self.__dict__.pop("_plans", None)  # they hold the states that were replaced
         for after in self._optimizer_load_state_dict_post_hooks.values():
             after(self)
-
-
-Step: TypeAlias = Callable[..., None]
-
-
-def _backend(asked: Backend, device: torch.device) -> Step:
-    if asked == "reference" or (asked == "auto" and device.type != "cuda"):
-        return reference_step
-    if device.type != "cuda":
-        raise UnsupportedError(
-            f"backend='triton' runs on CUDA and a parameter is on {device}; move the model, or use backend='auto'"
-        )
-    try:
-        from outpace.optim.kernels import fused_step
-    except ImportError as missing:
-        raise UnsupportedError(
-            f"the fused kernels need Triton, which comes with torch for CUDA ({missing}); install it, or use "
-            "backend='reference'"
-        ) from missing
-    return fused_step
-
-
-def _grad(param: Tensor) -> Tensor:
-    if param.grad is None:
-        raise AssertionError("only parameters with a gradient are stepped")
-    return param.grad
 
 
 def _filled(param: Tensor, dtype: torch.dtype) -> Tensor:

@@ -12,6 +12,7 @@ from outpace.optim.settings import Scales, States
 SMALLEST_SCALE: Final = 2.0**-80  # of moments; whatever is far below counts as zero
 SMALLEST_ROOT: Final = 2.0**-50  # of square roots of variances, so that the square of a code never underflows
 PUBLISHED_SMALLEST: Final = 1e-12  # the floor of the published scheme, used with fp16 scales only
+UNIT: Final = 65793 / 2**24  # the largest number of 17 bits whose 255-fold is at most 1
 SCALE_DTYPES: Final = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
@@ -30,7 +31,7 @@ def encode_momentum(m: Tensor, states: States, scales: Scales, draws: Tensor | N
 
     m: [groups, 32] float32, finite; draws: int32 [groups] in 0..65535, to round bf16 scales by, None for nearest
     Returns codes [groups, 32] int8 in -127..127 and scales [groups].
-    The curve is 2y / (1 + |y|) of y = m / largest, computed as 2m / (largest + |m|): one division instead of two.
+    The curve is 2y / (1 + |y|) of y = m / largest, computed as 2m / (largest + |m|): one reciprocal, no division.
     Source: FlashOptim (arXiv 2602.23349), section 4; with scales="fp16" in its very order of operations.
     """
     largest = m.abs().amax(-1)
@@ -42,7 +43,7 @@ def encode_momentum(m: Tensor, states: States, scales: Scales, draws: Tensor | N
         return (y * 127.0 + 0.5).floor_().to(torch.int8), scale
     largest = largest.clamp_min(SMALLEST_SCALE)
     below = largest[:, None]
-    code = m / (below + m.abs()) * 254.0 if states == "companded8" else m / below * 127.0
+    code = m * (below + m.abs()).reciprocal() * 254.0 if states == "companded8" else m / below * 127.0
     return code.round_().to(torch.int8), _stored_scale(largest, scales, draws)
 
 
@@ -50,7 +51,7 @@ def decode_momentum(code: Tensor, scale: Tensor, states: States) -> Tensor:
     """Codes [groups, 32] int8 and scales [groups] to float32."""
     q, s = code.float(), scale.float()[:, None]
     if scale.dtype != torch.float16:
-        return (q * s) / (254.0 - q.abs()) if states == "companded8" else exact_ratio(q * s, 127.0)
+        return (q * s) * (254.0 - q.abs()).reciprocal() if states == "companded8" else exact_ratio(q * s, 127.0)
     z = exact_ratio(q, 127.0)
     if states == "companded8":
         z = z / (2.0 - z.abs())
@@ -67,7 +68,13 @@ def encode_variance(
     floor: a positive v gets at least code 1. At code 0 the next step divides by almost nothing: an element beside a
     noisy neighbour was measured to move 75 times too far; with the floor it moves at most as far as it should.
     """
-    root = exact_sqrt(v) if states == "companded8" else v
+    return encode_root(exact_sqrt(v) if states == "companded8" else v, states, scales, floor, draws)
+
+
+def encode_root(
+    root: Tensor, states: States, scales: Scales, floor: bool, draws: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """As `encode_variance`, from what the codes are of: the square root, or with states="linear8" the variance."""
     largest = root.amax(-1)
     if scales == "fp16":
         divisor, scale = _published_scale(largest)
@@ -75,8 +82,7 @@ def encode_variance(
     else:
         largest = largest.clamp_min(SMALLEST_ROOT if states == "companded8" else SMALLEST_SCALE)
         scale = _stored_scale(largest, scales, draws)
-        per_unit = torch.full_like(largest, 255.0) / largest  # 255.0 / largest would round twice
-        code = (root * per_unit[:, None]).round_()
+        code = (root * (largest.reciprocal() * 255.0)[:, None]).round_()
     if floor:
         code = torch.where(root > 0, code.clamp_min(1.0), code)
     return code.to(torch.uint8), scale
@@ -84,15 +90,17 @@ def encode_variance(
 
 def decode_variance(code: Tensor, scale: Tensor, states: States) -> Tensor:
     """Codes [groups, 32] uint8 and scales [groups] to float32."""
-    q, s = code.float(), scale.float()
-    if scale.dtype == torch.float16:
-        root = exact_ratio(q, 255.0) * s[:, None]
-    else:
-        unit = exact_ratio(s, 255.0)
-        # Code 255 must not decode above the scale, or encoding it again would take the next scale.
-        unit = (unit.view(torch.int32) - (unit * 255.0 > s).to(torch.int32)).view(torch.float32)
-        root = q * unit[:, None]
+    root = decode_root(code, scale)
     return root * root if states == "companded8" else root
+
+
+def decode_root(code: Tensor, scale: Tensor) -> Tensor:
+    """What the codes are of, see `encode_root`.
+
+    Code 255 never decodes above the scale, or encoding it again would take the next scale.
+    """
+    q, s = code.float(), scale.float()[:, None]
+    return exact_ratio(q, 255.0) * s if scale.dtype == torch.float16 else q * (s * UNIT)
 
 
 def _published_scale(largest: Tensor) -> tuple[Tensor, Tensor]:

@@ -12,9 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from outpace.optim.compand import decode_momentum, decode_variance, encode_momentum, encode_variance
-from outpace.optim.draws import scale_draws, uniforms
-from outpace.optim.rules import LARGEST_GRADIENT, Numbers, Rule
+from outpace.optim.compand import decode_momentum, decode_root, encode_momentum, encode_root
+from outpace.optim.draws import byte_draws, scale_draws, uniforms
+from outpace.optim.rules import LIFT, Numbers, Rule
 from outpace.optim.settings import GROUP, Storage
 from outpace.optim.split import merge, merge_ordinal, split, split_ordinal
 
@@ -55,27 +55,23 @@ def reference_step(
     grad: [*shape], contiguous, float32 or the dtype of the weight
     key: from `draw_key`, used where the residual code is rounded stochastically
     scale: float32 [], what the gradient is multiplied by first (clipping; -1 to go uphill), or None
-    An element whose gradient is not finite or has an overflowing square, or whose new weight would not be finite in
-    the narrow format, is left exactly as it was, and `stored.held` is set.
+    An element whose gradient is not finite, whose moment or root of a variance would pass `rules.LARGEST_STATE`, or
+    whose new weight would not be finite in the narrow format, is left exactly as it was, and `stored.held` is set.
     """
+    stochastic = storage.rounding == "stochastic"
     for part, group in _parts(stored.weight, row_length(stored.weight, storage)):
-        theta = part.read(stored.weight)
+        narrow = part.read(stored.weight)
+        code = None if stored.residual is None else part.read(stored.residual)
         g = part.read(grad).float()
         if scale is not None:
             g = g * scale
-        groups = slice(group, group + theta.shape[0])
-        draws = first_draws = second_draws = None
-        if storage.rounding == "stochastic":
-            draws = uniforms(stored.first_slot + group * GROUP, theta.numel(), key, theta.device).view(theta.shape)
-            first_draws, second_draws = scale_draws(
-                stored.first_slot // GROUP + group, theta.shape[0], key, theta.device
-            )
+        groups = slice(group, group + narrow.shape[0])
+        slot, first_draws, second_draws = stored.first_slot + group * GROUP, None, None
+        if stochastic:
+            first_draws, second_draws = scale_draws(slot // GROUP, narrow.shape[0], key, narrow.device)
         # decode
-        narrow = theta
-        code = part.read(stored.residual) if stored.residual is not None else None
-        if code is not None:
-            theta = _decode_weight(narrow, code, storage)
-        m, v = stored.first, stored.second
+        theta = narrow if code is None else _decode_weight(narrow, code, storage)
+        m, v, r = stored.first, stored.second, None
         if m is not None:
             m = part.read(m)
             if stored.first_scale is not None:
@@ -83,31 +79,36 @@ def reference_step(
         if v is not None:
             v = part.read(v)
             if stored.second_scale is not None:
-                v = decode_variance(v, stored.second_scale[groups], storage.states)
+                v = r = decode_root(v, stored.second_scale[groups])
+                if storage.states == "companded8":
+                    v = r * r
         # ordinary update
-        new = rule.update(g, theta, m, v, numbers)
-        fine = (g.abs() < LARGEST_GRADIENT) & (new.theta.abs() <= torch.finfo(narrow.dtype).max)
+        new = rule.update(g, theta, m, None if v is None else v * LIFT, numbers)
+        fine = (new.watched <= new.bound) & (new.theta.abs() <= torch.finfo(narrow.dtype).max)
         stored.held.logical_or_(~fine.all())
-        # encode
-        moved = fine if storage.rounding == "nearest" else fine & (new.theta != theta)
+        # encode; what did not move is not rounded anew
+        moved = fine & (new.theta != theta) if stochastic else fine
         if stored.residual is None or code is None:
             part.write(stored.weight, new.theta.where(moved, narrow))
         else:
-            new_narrow, new_code = _encode_weight(new.theta.where(moved, theta), narrow.dtype, storage, draws)
+            new_narrow, new_code = _encode_weight(new.theta.where(moved, theta), narrow.dtype, storage, slot, key)
             part.write(stored.weight, new_narrow.where(moved, narrow))
             part.write(stored.residual, new_code.where(moved, code))
         if m is not None and new.first is not None and stored.first is not None:
             m = new.first.where(fine, m)
             if stored.first_scale is not None:
-                m, scale_now = encode_momentum(m, storage.states, storage.scales, first_draws)
-                stored.first_scale[groups] = scale_now
+                m, stored.first_scale[groups] = encode_momentum(m, storage.states, storage.scales, first_draws)
             part.write(stored.first, m)
-        if v is not None and new.second is not None and stored.second is not None:
-            v = new.second.where(fine, v)
-            if stored.second_scale is not None:
-                v, scale_now = encode_variance(v, storage.states, storage.scales, storage.variance_floor, second_draws)
-                stored.second_scale[groups] = scale_now
-            part.write(stored.second, v)
+        if v is not None and new.second is not None and new.root is not None and stored.second is not None:
+            if stored.second_scale is None or r is None:
+                part.write(stored.second, (new.second * (1.0 / LIFT)).where(fine, v))
+                continue
+            by_root = storage.states == "companded8"
+            now = new.root * (1.0 / LIFT**0.5) if by_root else new.second * (1.0 / LIFT)
+            codes, stored.second_scale[groups] = encode_root(
+                now.where(fine, r), storage.states, storage.scales, storage.variance_floor, second_draws
+            )
+            part.write(stored.second, codes)
 
 
 def _decode_weight(narrow: Tensor, code: Tensor, storage: Storage) -> Tensor:
@@ -116,12 +117,15 @@ def _decode_weight(narrow: Tensor, code: Tensor, storage: Storage) -> Tensor:
     return merge_ordinal(narrow, code) if storage.residual == "ordinal" else merge(narrow, code)
 
 
-def _encode_weight(theta: Tensor, dtype: torch.dtype, storage: Storage, draws: Tensor | None) -> tuple[Tensor, Tensor]:
+def _encode_weight(theta: Tensor, dtype: torch.dtype, storage: Storage, slot: int, key: int) -> tuple[Tensor, Tensor]:
     if storage.master == "fp32":
         return theta.to(dtype), theta
+    draw = storage.rounding == "stochastic"
     if storage.residual == "ordinal":
-        return split_ordinal(theta, storage.residual_bits, uniform=draws)
-    return split(theta, dtype, storage.residual_bits, uniform=draws)
+        draws = byte_draws(slot, theta.numel(), key, theta.device) if draw and storage.residual_bits == 8 else None
+        return split_ordinal(theta, storage.residual_bits, draws=None if draws is None else draws.view(theta.shape))
+    uniform = uniforms(slot, theta.numel(), key, theta.device).view(theta.shape) if draw else None
+    return split(theta, dtype, storage.residual_bits, uniform=uniform)
 
 
 @dataclass(frozen=True, slots=True)

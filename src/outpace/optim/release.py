@@ -13,6 +13,7 @@ from torch import Tensor
 from outpace.errors import ConfigError, UnsupportedError
 from outpace.optim import shards
 from outpace.optim.base import FlashOptimizer, Group
+from outpace.optim.stepping import step_parameters
 
 Clip = Literal["running", "two_pass"]
 
@@ -108,8 +109,9 @@ class GradientRelease:
             if self._measuring:
                 self._add_square(param)
             else:
-                self._optimizer._refuse_nonfinite([(param, group)])
-                self._optimizer._step_parameter(position, param, group, self._scale(param))
+                ready = [(position, param, group)]
+                self._optimizer._refuse_nonfinite(ready)
+                step_parameters(self._optimizer, ready, self._scale(param))
             param.grad = None
 
         return hook

@@ -27,7 +27,8 @@ class Storage:
 
     master: narrow weight and width of its residual in bits, or "fp32" for an exact fp32 master
     states: "companded8" (8-bit codes through curves), "fp32" (exact), "linear8" (naive; it diverges, kept to show it)
-    residual: "ulp" (position inside half a unit in the last place) or "ordinal" (low bits of the bf16 pattern)
+    residual: "ordinal" (the low bits of the float32 pattern, of which bf16 is the upper half) or "ulp" (position inside
+        half a unit in the last place, as published); None takes "ordinal" where weights are bf16, "ulp" where fp16
     rounding: how the residual code is rounded
     scales: "bf16" rounded up and used for normalising too; "fp32" likewise; "fp16" nearest, as published
     variance_floor: a positive variance never gets code 0
@@ -37,7 +38,7 @@ class Storage:
 
     master: Master = "bf16+8"
     states: States = "companded8"
-    residual: Residual = "ulp"
+    residual: Residual | None = None
     rounding: Rounding = "stochastic"
     scales: Scales = "bf16"
     variance_floor: bool = True
@@ -45,6 +46,8 @@ class Storage:
     small: int = 4096
 
     def __post_init__(self) -> None:
+        if self.residual is None:
+            object.__setattr__(self, "residual", "ordinal" if self.master in ("bf16+8", "bf16+16") else "ulp")
         for name, kind in _CHOICES.items():
             value = getattr(self, name)
             if value not in get_args(kind):
@@ -83,6 +86,7 @@ _CHOICES: Final[dict[str, Any]] = {
 }
 
 PAPER: Final[dict[str, Any]] = {
+    "residual": "ulp",
     "rounding": "nearest",
     "scales": "fp16",
     "variance_floor": False,

@@ -56,10 +56,11 @@ def merge(narrow: Tensor, code: Tensor) -> Tensor:
     return narrow.float() + code.float() / full * half_ulp(narrow)
 
 
-def split_ordinal(theta: Tensor, bits: int, *, uniform: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def split_ordinal(theta: Tensor, bits: int, *, draws: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Split the bit pattern of fp32 itself: bf16 is its top half. 16 bits lose nothing, not even the sign of zero.
 
-    Arguments, saturation and special values as `split`; the narrow weight may be the other neighbour at a near-tie.
+    theta: float32, any shape; draws: int32 in 0..255 of the same shape to round 8 bits stochastically, None for nearest
+    Saturation and special values as `split`; the narrow weight may be the other neighbour at a near-tie.
     """
     pattern = theta.view(torch.int32)
     magnitude = pattern & 0x7FFFFFFF
@@ -67,8 +68,7 @@ def split_ordinal(theta: Tensor, bits: int, *, uniform: Tensor | None = None) ->
         high = (magnitude + 0x8000) >> 16
         low = magnitude - (high << 16)
     else:
-        nudge = 0x80 if uniform is None else (uniform * 256.0).to(torch.int32)
-        coarse = (magnitude + nudge) >> 8
+        coarse = (magnitude + (0x80 if draws is None else draws)) >> 8
         high = (coarse + 0x80) >> 8
         low = coarse - (high << 8)
     finite = magnitude < 0x7F800000

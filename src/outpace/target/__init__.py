@@ -6,7 +6,7 @@ from outpace.target.block import Block, Readout, Scouts
 from outpace.target.cache import STRICT_ALIGN, BlockCache, CacheIntegrityError
 from outpace.target.families import FAMILIES, Family
 from outpace.target.loading import Tokenizer
-from outpace.target.model import Passing, Target
+from outpace.target.model import Passing, PathName, Target
 
 __all__ = [
     "FAMILIES",
@@ -18,6 +18,7 @@ __all__ = [
     "GatedLoRA",
     "Kernel",
     "Passing",
+    "PathName",
     "Reading",
     "Readout",
     "Scouts",

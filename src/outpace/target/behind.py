@@ -21,7 +21,7 @@ from torch.nn import functional as F
 
 from outpace.errors import UnsupportedError
 from outpace.target import attention
-from outpace.target.families import part
+from outpace.target.families import cache_keyword, part
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -158,7 +158,7 @@ def _run(
                 attention_mask=masks[kind],
                 position_embeddings=angles[kind],
                 position_ids=positions,
-                past_key_values=ledger,
+                **{cache_keyword(layer): ledger},
                 use_cache=True,
             )
     return Reading(ledger.keys, ledger.values, positions, part(target.model, family.norm)(hidden))

@@ -10,6 +10,7 @@ ride on the target's cache (a shallower view) write under `scratch()`, which res
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -38,6 +39,10 @@ class BlockCache(Cache):  # type: ignore[misc]  # transformers ships no types
         slots: requests it can hold; grows on demand.
         capacity: entries per slot, rounded up; grows on demand.
         align: attention reads multiples of this many entries.
+
+    Attributes:
+        lengths: committed entries per slot.
+        generation: counts how often the tensors have moved (growing moves them); captured graphs hold for one.
     """
 
     def __init__(self, layers: int, *, slots: int = 1, capacity: int = STRICT_ALIGN, align: int = ALIGN) -> None:
@@ -47,10 +52,13 @@ class BlockCache(Cache):  # type: ignore[misc]  # transformers ships no types
         self.capacity = _rounded(capacity)
         self._keys: list[Tensor | None] = [None] * layers
         self._values: list[Tensor | None] = [None] * layers
+        self._whole: Tensor | None = None
         self._first = 0
         self._count = 0
         self._rows = 0
         self._index: tuple[Tensor, Tensor] | None = None
+        self.generation = 0
+        self._table: tuple[int, Tensor] | None = None
 
     def __len__(self) -> int:
         return len(self._keys)
@@ -83,14 +91,43 @@ class BlockCache(Cache):  # type: ignore[misc]  # transformers ships no types
         capacity = max(_rounded(capacity), self.capacity)
         if slots == self.slots and capacity == self.capacity:
             return
-        for tensors in (self._keys, self._values):
+        if self._whole is not None:
+            layers, old_slots, heads, entries, size = self._whole.shape
+            grown = self._whole.new_zeros(layers, slots, heads, capacity, size)
+            grown[:, :old_slots, :, :entries] = self._whole
+            self._hold(grown)
+        for tensors in () if self._whole is not None else (self._keys, self._values):
             for layer, old in enumerate(tensors):
                 if old is not None:
                     new = old.new_zeros(slots, old.shape[1], capacity, old.shape[3])
                     new[: old.shape[0], :, : old.shape[2]] = old
                     tensors[layer] = new
+        self.generation += 1
         self.lengths.extend([0] * (slots - self.slots))
         self.capacity = capacity
+
+    def prepare(self, key_heads: int, size: int, dtype: torch.dtype, device: torch.device) -> None:
+        """Allocate every layer now and in one piece, for passes that do not call `update`.
+
+        Where passes have written to some layers already, the others are added one by one.
+        """
+        if all(keys is None for keys in self._keys):
+            shape = (2 * len(self._keys), self.slots, key_heads, self.capacity, size)
+            self._hold(torch.zeros(shape, dtype=dtype, device=device))
+        for tensors in (self._keys, self._values):
+            for layer, old in enumerate(tensors):
+                if old is None:
+                    tensors[layer] = torch.zeros(self.slots, key_heads, self.capacity, size, dtype=dtype, device=device)
+
+    def _hold(self, whole: Tensor) -> None:
+        """Let the layers' tensors be pieces of one."""
+        self._whole = whole
+        self._keys = list(whole[0::2].unbind())
+        self._values = list(whole[1::2].unbind())
+
+    def tensors(self) -> list[tuple[Tensor, Tensor]]:
+        """Keys and values of each layer, [slots, key heads, capacity, size], as `prepare` or the model made them."""
+        return list(zip(self._keys, self._values, strict=True))  # type: ignore[arg-type]  # prepared
 
     def open(self, first: int, count: int, rows: int) -> None:
         """Begin a pass of `rows` rows for the requests in slots first .. first + count - 1."""
@@ -140,17 +177,50 @@ class BlockCache(Cache):  # type: ignore[misc]  # transformers ships no types
         """Keep these rows of the open block, per request in rising order, directly behind what was committed."""
         if len(kept) != self._count:
             raise CacheIntegrityError(f"{len(kept)} paths for a block of {self._count} requests")
+        scattered = [offset for offset, rows in enumerate(kept) if list(rows) != list(range(len(rows)))]
+        if scattered and self._keys[0] is not None and self._keys[0].is_cuda:
+            self._gather_on_device(kept)
+        else:
+            for offset in scattered:
+                self._gather(self._first + offset, kept[offset])
         for offset, rows in enumerate(kept):
-            slot = self._first + offset
-            start = self.lengths[slot]
-            if list(rows) != list(range(len(rows))):
-                source = torch.tensor(rows) + start
-                for tensors in (self._keys, self._values):
-                    for tensor in tensors:
-                        if tensor is not None:
-                            tensor[slot, :, start : start + len(rows)] = tensor[slot][:, source.to(tensor.device)]
-            self.lengths[slot] = start + len(rows)
+            self.lengths[self._first + offset] += len(rows)
         self._count = 0
+
+    def _gather(self, slot: int, rows: Sequence[int]) -> None:
+        """Lay these rows of the open block directly behind what is committed."""
+        start = self.lengths[slot]
+        source = torch.tensor(rows) + start
+        for tensors in (self._keys, self._values):
+            for tensor in tensors:
+                if tensor is not None:
+                    tensor[slot, :, start : start + len(rows)] = tensor[slot][:, source.to(tensor.device)]
+
+    def _gather_on_device(self, kept: Sequence[Sequence[int]]) -> None:
+        """The same for the whole block, in one launch for all layers where Triton is there."""
+        first = self._first
+        if importlib.util.find_spec("triton") is None or any(keys is None for keys in self._keys):
+            for offset, rows in enumerate(kept):
+                self._gather(first + offset, rows)
+            return
+        from outpace.target.fast.entries import keep_entries
+
+        width = max(len(rows) for rows in kept)
+        packed = [
+            [len(rows), self.lengths[first + b], first + b, *rows, *([0] * (width - len(rows)))]
+            for b, rows in enumerate(kept)
+        ]
+        like = self.tensors()[0][0]
+        staged = torch.tensor(packed, device=like.device)
+        keep_entries(self.table(), like, staged[:, 3:].contiguous(), *(staged[:, i].contiguous() for i in range(3)))
+
+    def table(self) -> Tensor:
+        """Addresses of all keys and values on the device (see `fast.entries`)."""
+        if self._table is None or self._table[0] != self.generation:
+            from outpace.target.fast.entries import pointer_table
+
+            self._table = (self.generation, pointer_table(self.tensors()))
+        return self._table[1]
 
     def drop(self) -> None:
         """Forget the open block."""
@@ -166,7 +236,9 @@ class BlockCache(Cache):  # type: ignore[misc]  # transformers ships no types
         """Let slot `target` hold what slot `source` holds; `source` becomes empty."""
         if source != target:
             length = self.lengths[source]
-            for tensors in (self._keys, self._values):
+            if self._whole is not None:
+                self._whole[:, target, :, :length] = self._whole[:, source, :, :length]
+            for tensors in () if self._whole is not None else (self._keys, self._values):
                 for tensor in tensors:
                     if tensor is not None:
                         tensor[target, :, :length] = tensor[source, :, :length]

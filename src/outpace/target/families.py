@@ -7,6 +7,7 @@ everything that needs no look below the top.
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
@@ -27,6 +28,8 @@ class Family:
         layers: list of decoder layers, each (hidden, attention_mask, position_embeddings, ...) -> hidden.
         norm: final norm. rotary: module giving (cos, sin) for position ids. head: hidden -> logits.
         rotary_by_type: rotary takes the layer's type as a third argument (Gemma 3: local and global bases).
+        norms: names of a layer's norms: before attention, of its output, before the feed-forward part, of its output.
+        norm_adds_one: norms multiply by 1 + weight.
         window: "types" if `config.layer_types` says which layers slide, "all" if `config.sliding_window` slides every
             layer when set.
     """
@@ -39,6 +42,8 @@ class Family:
     rotary: str = "model.rotary_emb"
     head: str = "lm_head"
     rotary_by_type: bool = False
+    norms: tuple[str, str, str, str] = ("input_layernorm", "", "post_attention_layernorm", "")
+    norm_adds_one: bool = False
     window: str = "types"
 
 
@@ -47,8 +52,19 @@ FAMILIES: Final[tuple[Family, ...]] = (
     Family("mistral", ("mistral",), window="all"),
     Family("qwen2", ("qwen2",)),
     Family("qwen3", ("qwen3",)),
-    Family("gemma3", ("gemma3_text",), rotary_by_type=True),
-    Family("olmo2", ("olmo2",)),
+    Family(
+        "gemma3",
+        ("gemma3_text",),
+        rotary_by_type=True,
+        norms=(
+            "input_layernorm",
+            "post_attention_layernorm",
+            "pre_feedforward_layernorm",
+            "post_feedforward_layernorm",
+        ),
+        norm_adds_one=True,
+    ),
+    Family("olmo2", ("olmo2",), norms=("", "post_attention_layernorm", "", "post_feedforward_layernorm")),
     Family("phi3", ("phi3",), window="all"),
 )
 
@@ -66,6 +82,11 @@ def part(model: nn.Module, path: str) -> Any:
     for name in path.split("."):
         found = getattr(found, name)
     return found
+
+
+def cache_keyword(module: Any) -> str:
+    """What `forward` of a model or layer calls the cache: "cache" since transformers 5.24, "past_key_values" before."""
+    return "cache" if "cache" in inspect.signature(module.forward).parameters else "past_key_values"
 
 
 def layer_types(config: Any, family: Family | None) -> list[str]:

@@ -14,6 +14,7 @@ import torch
 from outpace.errors import UnsupportedError
 from outpace.laws import Tree
 from outpace.target.block import Block, Readout
+from outpace.target.families import cache_keyword
 from outpace.target.masks import additive_mask, block_visibility
 from outpace.target.taps import check_taps
 
@@ -84,7 +85,7 @@ class GenericRunner:
                     **inputs,
                     attention_mask=next(iter(masks.values())) if len(masks) == 1 else masks,
                     position_ids=positions,
-                    past_key_values=cache,
+                    **{cache_keyword(target.model): cache},
                     use_cache=True,
                     return_dict=True,
                 ).logits

@@ -5,21 +5,22 @@ Knows no drafters, no requests and no text. The model's modules are used as they
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, cast, get_args
 
 import torch
 from torch import nn
 
-from outpace.errors import ConfigError, UnsupportedError
+from outpace.errors import ConfigError, UnsupportedError, suggestion
 from outpace.target import attention
 from outpace.target.adapters import Gate, GatedLoRA, attach
 from outpace.target.block import Block, Readout
 from outpace.target.cache import ALIGN, BlockCache
-from outpace.target.families import Family, find_family, layer_types, part, refuse_what_cannot_rewind
+from outpace.target.families import Family, cache_keyword, find_family, layer_types, part, refuse_what_cannot_rewind
 from outpace.target.generic import GenericRunner
 from outpace.target.masks import additive_mask, block_visibility
 from outpace.target.taps import check_taps
@@ -27,9 +28,14 @@ from outpace.target.taps import check_taps
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from outpace.target.fast.cpu import CpuPass
+    from outpace.target.fast.graphs import FastPass
     from outpace.target.loading import Tokenizer
 
 PREFILL_CHUNK = 512  # rows of one prefill pass: bounds the memory of masks and activations
+
+PathName = Literal["auto", "readable", "fast"]
+"""How passes run: through the model's own modules, through fused kernels, or the fastest that works here."""
 
 
 @dataclass(slots=True)
@@ -44,6 +50,14 @@ class Passing:
     wanted: frozenset[str]
 
 
+class _FastState:
+    """The fast path of a model, shared by every view of it: made when first wanted, or the reason why there is none."""
+
+    def __init__(self) -> None:
+        self.made: FastPass | CpuPass | None = None
+        self.reason: str | None = None
+
+
 class Target:
     """A model whose text is to be produced faster.
 
@@ -51,6 +65,8 @@ class Target:
         model: any decoder-only `transformers` model; used in place, its weights, dtype and device are the caller's.
         tokenizer: its tokenizer, or None for work on token ids.
         name: what reports call it.
+        path: "auto" takes fused kernels and captured graphs where they work and the model's own modules elsewhere;
+            "readable" always takes the modules; "fast" refuses to take them.
 
     Attributes:
         family: row of the family table, or None (the model's own `forward` runs the pass).
@@ -62,7 +78,14 @@ class Target:
         UnsupportedError: for models that cannot take back a rejected token, with the reason.
     """
 
-    def __init__(self, model: nn.Module, tokenizer: Tokenizer | None = None, *, name: str | None = None) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        tokenizer: Tokenizer | None = None,
+        *,
+        name: str | None = None,
+        path: PathName = "auto",
+    ) -> None:
         refuse_what_cannot_rewind(model)
         attention.register()
         self.model: Any = model.eval()
@@ -80,6 +103,8 @@ class Target:
         self.context = int(getattr(self.config, "max_position_embeddings", 0) or 1 << 30)
         self.eos = _eos_ids(model)
         self._gate = Gate()
+        self._fast = _FastState()
+        self.path: PathName = _checked_path(path)
         self._generic: GenericRunner | None = None
         if self.family is None:
             self._generic = GenericRunner(self)
@@ -140,8 +165,11 @@ class Target:
 
     @property
     def weight_bytes(self) -> int:
-        """Bytes of weights one pass reads (tied weights once)."""
-        return sum(p.numel() * p.element_size() for p in self.model.parameters())
+        """Bytes of weights one pass reads: tied weights once; of an untied input embedding, next to nothing."""
+        total: int = sum(p.numel() * p.element_size() for p in self.model.parameters())
+        table, head = self.model.get_input_embeddings().weight, self.model.get_output_embeddings()
+        tied = head is None or head.weight is table
+        return total if tied else total - int(table.numel() * table.element_size())
 
     @property
     def row_invariant(self) -> bool:
@@ -179,6 +207,47 @@ class Target:
         other.layer_ids = chosen
         return other
 
+    def through(self, path: PathName) -> Target:
+        """The same model with its passes run another way; shares weights, adapters and caches.
+
+        Raises:
+            ConfigError: on an unknown path. UnsupportedError: for "fast", where there is none, with the reason.
+        """
+        other = object.__new__(Target)
+        other.__dict__.update(self.__dict__)
+        other.path = _checked_path(path)
+        if path == "fast" and other.fast is None:
+            raise UnsupportedError(f"no fast path for {self.name} on {self.device}: {self.path_reason}")
+        return other
+
+    @property
+    def fast(self) -> FastPass | CpuPass | None:
+        """The fast passes of this model, or None (`path_reason` says why)."""
+        state = self._fast
+        if self.path == "readable":
+            return None
+        if state.made is not None and not state.made.plan.still_holds(self):
+            state.made, state.reason = None, None  # the model was moved or converted
+        if state.made is None and state.reason is None:
+            state.made, state.reason = _make_fast(self)
+        return state.made
+
+    @property
+    def captured(self) -> FastPass | None:
+        """The fast passes, where they are captured graphs on a device."""
+        fast = self.fast
+        return cast("FastPass", fast) if fast is not None and fast.captured else None
+
+    @property
+    def path_reason(self) -> str:
+        """Why passes run as they do, in words."""
+        if self.path == "readable":
+            return "asked for: path='readable'"
+        fast = self.fast
+        if fast is not None:
+            return "fused kernels in captured graphs" if fast.captured else "joined weights, fewer steps per layer"
+        return self._fast.reason or ""
+
     @contextmanager
     def adapted(self, adapter: GatedLoRA) -> Iterator[None]:
         """Attach a row-gated adapter for the duration of the block; only scouts that name it feel it.
@@ -211,6 +280,10 @@ class Target:
         """
         if self._generic is not None:
             return self._generic.run(block, cache, taps=taps, logits=logits)
+        fast = self.fast
+        if fast is not None and fast.fits(block, cache):
+            wanted = check_taps(taps, self.layers_total)
+            return fast.run(block, cache, layer_ids=self.layer_ids, taps=wanted, logits=logits)
         return self.finish(self.begin(block, cache, upto=self.layers_total, taps=taps), logits=logits)
 
     def begin(self, block: Block, cache: BlockCache, *, upto: int, taps: Collection[str] = ()) -> Passing:
@@ -302,6 +375,7 @@ class Target:
                 angles[kind] = rotary(hidden, positions)
             else:
                 angles[kind] = next(iter(angles.values()))
+        keyword = cache_keyword(layers[0])
         adapter = block.scouts.adapter if joined and block.scouts is not None else None
         with self._gate.open(adapter, block.rows), attention.use_attention(self.config):
             for layer in ids:
@@ -315,7 +389,7 @@ class Target:
                     attention_mask=masks[kind],
                     position_embeddings=angles[kind],
                     position_ids=positions,
-                    past_key_values=cache,
+                    **{keyword: cache},
                     use_cache=True,
                 )
                 if f"out:{layer}" in wanted:
@@ -335,6 +409,33 @@ class Target:
             for name, value in read.taps.items():
                 parts.setdefault(name, []).append(value)
         return {name: torch.cat(values, 1) for name, values in parts.items()}
+
+
+def _checked_path(path: str) -> PathName:
+    for known in get_args(PathName):
+        if path == known:
+            return known  # type: ignore[no-any-return]
+    raise ConfigError(f"unknown path {path!r}; {suggestion(path, get_args(PathName))}")
+
+
+def _make_fast(target: Target) -> tuple[FastPass | CpuPass | None, str | None]:
+    """The fast path, or why there is none."""
+    device = target.device.type
+    if device not in ("cpu", "cuda"):
+        return None, f"no fast path on {device}"
+    if device == "cuda" and importlib.util.find_spec("triton") is None:
+        return None, "Triton is not installed (pip install triton)"
+    try:
+        with torch.inference_mode(False), torch.no_grad():
+            if device == "cpu":
+                from outpace.target.fast.cpu import CpuPass
+
+                return CpuPass(target), None
+            from outpace.target.fast.graphs import FastPass
+
+            return FastPass(target), None
+    except UnsupportedError as error:
+        return None, str(error)
 
 
 def _eos_ids(model: nn.Module) -> tuple[int, ...]:

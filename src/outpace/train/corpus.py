@@ -97,7 +97,8 @@ class CorpusReport:
 
     Attributes:
         answers, tokens: written by this run. found: shards that were there already. written, left: shards.
-        empty: answers without a token but the end. long_prompts: prompts left out. seconds: generating.
+        empty: answers without a token but the end. long_prompts: prompts left out. repeated: prompts equal to another
+        in ids, left out. seconds: generating.
     """
 
     answers: int = 0
@@ -107,6 +108,7 @@ class CorpusReport:
     left: int = 0
     empty: int = 0
     long_prompts: int = 0
+    repeated: int = 0
     seconds: float = 0.0
 
 
@@ -157,13 +159,17 @@ def _jobs(
     """(answers to write, a list per temperature, each in an order that is representative; held-out prompts)."""
     held_out: list[tuple[str, list[int]]] = []
     copies: list[list[Job]] = [[] for _ in settings.temperatures]
+    seen: set[tuple[int, ...]] = set()  # two texts may be one prompt in ids, and would share a request
     for line in prompts.prompts:
         ids = encode(target, line.content)
         if len(ids) > settings.max_prompt:
             report.long_prompts += 1
+        elif tuple(ids) in seen:
+            report.repeated += 1
         elif line.held_out:
             held_out.append((line.id, ids))
         else:
+            seen.add(tuple(ids))
             for number, temperature in enumerate(settings.temperatures):
                 again = settings.temperatures[:number].count(temperature)
                 what = np.asarray([round(temperature * 1e6), again, settings.seed, *ids], np.int64)

@@ -129,6 +129,8 @@ class FusedNet(RowNet):
         self.head = DraftHead(target, vocabulary, head, ids)
         initialise(self)
         copy_norm(target, self.norm)
+        with torch.no_grad():  # begin with the highest state, at the size of what is fed back
+            self.fc.weight[:, -width:] += torch.eye(width) * self.norm.weight.mean()
 
     def fuse(self, features: Tensor) -> Tensor:
         """[B, R, taps * H] -> [B, R, H]."""

@@ -131,7 +131,7 @@ class MTPHeads(FollowingDrafter):
         sums, slots, hits = [], [], []
         for depth in range(recipe.depths):
             where = batch.slots_before(depth + 2)
-            y = net.one(depth, z, cos, sin, unrolled.attend).flatten(0, 1)[where]
+            y = net.one(depth, z, cos, sin, unrolled.attend).flatten(0, 1).index_select(0, where)
             label = tokens[where + depth + 2]
             loss, hit = head_loss(recipe.loss, net.norms[depth](y), net.head, label, Teacher(states, where + depth + 1))
             sums.append(loss)

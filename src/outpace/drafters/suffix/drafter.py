@@ -24,7 +24,7 @@ class Suffix(TokenDrafter):
         factor, offset: a match of m tokens earns a draft of at most m * factor + offset tokens.
         min_probability: continuations less likely than this (product of counts) are not drafted.
         history: also learn from the outputs of earlier requests. Off by default: drafts then depend on what others
-            asked, which shows in timings (never in text). `clear_history()` forgets them.
+            asked, which shows in timings (never in text). `forget()` drops them.
         max_tokens: most tokens of a request kept, oldest forgotten first (about 4 kB each at depth 16).
         max_history: the same for the history, oldest requests forgotten first.
     """
@@ -59,8 +59,8 @@ class Suffix(TokenDrafter):
         self._serial: WeakKeyDictionary[RequestContext, int] = WeakKeyDictionary()
         self._next_serial = 0
 
-    def clear_history(self) -> None:
-        """Forget the outputs of all earlier requests."""
+    def forget(self) -> None:
+        """Drop the outputs of all earlier requests."""
         if self.history is not None:
             self.history.clear()
 

@@ -1,0 +1,173 @@
+"""Choosing the path's token at every row, and walking the tree, on the device.
+
+The law is `laws.warp`'s for requests without truncation and history: softmax of logits over temperature in float32, its
+cumulated sum in float64, the path's number from Philox. The sums run in another order than torch's, so a draw within
+about 1e-7 of an edge of its interval may fall on the other side; greedy choices are the same outright.
+"""
+
+# Triton's language is its own: arguments have no Python types, and constants are written in capitals.
+# ruff: noqa: ANN001, ANN202, N803
+# mypy: disable-error-code="no-untyped-def, untyped-decorator, no-untyped-call"
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Final
+
+import torch
+import triton
+import triton.language as tl
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+_TILE: Final = 2048
+
+
+@triton.jit
+def _peaks_kernel(LOGITS, PEAKS, IDS, SUMS, TEMPERATURE, R, V, TILES, BLOCK: tl.constexpr, SAMPLED: tl.constexpr):
+    """Largest logit of a tile, its lowest id, and (if sampled) the sum of exp((logit - largest) / temperature)."""
+    row = tl.program_id(0)
+    tile = tl.program_id(1)
+    at = tile * BLOCK + tl.arange(0, BLOCK)
+    inside = at < V
+    logits = tl.load(LOGITS + row.to(tl.int64) * V + at, mask=inside, other=float("-inf")).to(tl.float32)
+    peak = tl.max(logits, 0)
+    tl.store(PEAKS + row * TILES + tile, peak)
+    tl.store(IDS + row * TILES + tile, tl.min(tl.where((logits == peak) & inside, at, V), 0))
+    if SAMPLED:
+        heat = tl.load(TEMPERATURE + row // R)
+        if heat > 0:
+            weight = tl.exp(logits / heat - peak / heat)
+            tl.store(SUMS + row * TILES + tile, tl.sum(tl.where(inside, weight, 0.0).to(tl.float64), 0))
+
+
+@triton.jit
+def _choose_kernel(
+    LOGITS, PEAKS, IDS, SUMS, TEMPERATURE, SEEDS, REQUESTS, POSITIONS, CHOSEN, R, V, TILES,
+    BLOCK: tl.constexpr, WIDTH: tl.constexpr, SAMPLED: tl.constexpr,
+):  # fmt: skip
+    """The token of the path at one row: arg-max, or the draw with the number of the position behind the row's."""
+    row = tl.program_id(0)
+    tiles = tl.arange(0, WIDTH)
+    there = tiles < TILES
+    peaks = tl.load(PEAKS + row * TILES + tiles, mask=there, other=float("-inf"))
+    peak = tl.max(peaks, 0)
+    ids = tl.load(IDS + row * TILES + tiles, mask=there, other=V)
+    chosen = tl.min(tl.where(peaks == peak, ids, V), 0).to(tl.int64)
+    chosen = tl.where(chosen < V, chosen, -1)  # NaN: no largest
+    if SAMPLED:
+        request = row // R
+        heat = tl.load(TEMPERATURE + request)
+        if heat > 0:
+            lift = tl.exp(peaks / heat - peak / heat).to(tl.float64)
+            sums = tl.load(SUMS + row * TILES + tiles, mask=there, other=0.0)
+            sums = tl.where(there & (lift > 0), sums * lift, 0.0)
+            total = tl.sum(sums, 0)
+            position = (tl.load(POSITIONS + row) + 1).to(tl.uint32)
+            identity = tl.load(REQUESTS + request)
+            low = (identity & 0xFFFFFFFF).to(tl.uint32)
+            high = ((identity >> 32) & 0xFFFFFFFF).to(tl.uint32)
+            x0, x1, _x2, _x3 = tl.philox(tl.load(SEEDS + request), position, low, high, high * 0)
+            u = (x0 >> 5).to(tl.float64) * 67108864.0 + (x1 >> 6).to(tl.float64)
+            goal = u / 9007199254740992.0 * total
+            reached = tl.cumsum(sums, 0)
+            tile = tl.min(tl.where((reached > goal) & there, tiles, WIDTH), 0)
+            tile = tl.where(tile < WIDTH, tile, tl.max(tl.where(sums > 0, tiles, 0), 0))
+            before = tl.sum(tl.where(tiles < tile, sums, 0.0), 0)
+            factor = tl.sum(tl.where(tiles == tile, lift, 0.0), 0)
+            height = tl.max(tl.where(tiles == tile, peaks, float("-inf")), 0)
+            at = tile * BLOCK + tl.arange(0, BLOCK)
+            inside = at < V
+            logits = tl.load(LOGITS + row.to(tl.int64) * V + at, mask=inside, other=float("-inf")).to(tl.float32)
+            weight = tl.where(inside, tl.exp(logits / heat - height / heat), 0.0).to(tl.float64) * factor
+            within = before + tl.cumsum(weight, 0)
+            first = tl.min(tl.where((within > goal) & (weight > 0), at, V), 0)
+            last = tl.max(tl.where(weight > 0, at, -1), 0)
+            drawn = tl.where(first < V, first, last).to(tl.int64)
+            chosen = tl.where(total > 0, drawn, -1)
+            chosen = tl.where(total < float("inf"), chosen, -1)
+    tl.store(CHOSEN + row, chosen)
+
+
+@triton.jit
+def _walk_kernel(TOKENS, PARENTS, CHOSEN, EMITTED, PATH, COUNTS, R, BLOCK: tl.constexpr):
+    """Follow the draft as long as it holds the path's token. EMITTED row: count, then the tokens."""
+    request = tl.program_id(0)
+    at = tl.arange(0, BLOCK)
+    inside = at < R
+    tokens = tl.load(TOKENS + request * R + at, mask=inside, other=-1)
+    parents = tl.load(PARENTS + request * R + at, mask=inside, other=-2)
+    node = 0
+    count = 0
+    while node >= 0:
+        token = tl.load(CHOSEN + request * R + node)
+        tl.store(EMITTED + request * (R + 1) + 1 + count, token)
+        tl.store(PATH + request * R + count, node)
+        count += 1
+        child = tl.min(tl.where(inside & (parents == node) & (tokens == token), at, BLOCK), 0)
+        node = tl.where(child < BLOCK, child, -1)
+    tl.store(EMITTED + request * (R + 1), count)
+    tl.store(COUNTS + request, count)
+
+
+@triton.jit
+def _advance_kernel(EMITTED, COUNTS, TOKENS, POSITIONS, LENGTHS, R, WIDTH):
+    """Make the last emitted token the root of the next round: TOKENS [B, R] column 0, lengths and root positions.
+
+    Where there was no law (-1) the round under way runs on some token, and the host will refuse its outcome.
+    """
+    request = tl.program_id(0)
+    count = tl.load(COUNTS + request)
+    length = tl.load(LENGTHS + request) + count
+    tl.store(LENGTHS + request, length)
+    tl.store(TOKENS + request * R, tl.maximum(tl.load(EMITTED + request * WIDTH + count), 0))
+    tl.store(POSITIONS + request * R, length)
+
+
+class Chooser:
+    """Room for choosing tokens at M rows of a vocabulary, and the choice itself."""
+
+    def __init__(self, rows: int, vocabulary: int, device: torch.device) -> None:
+        self.tiles = -(-vocabulary // _TILE)
+        self.peaks = torch.empty(rows, self.tiles, dtype=torch.float32, device=device)
+        self.ids = torch.empty(rows, self.tiles, dtype=torch.int32, device=device)
+        self.sums = torch.empty(rows, self.tiles, dtype=torch.float64, device=device)
+        self.chosen = torch.empty(rows, dtype=torch.int64, device=device)
+
+    def __call__(
+        self, logits: Tensor, temperature: Tensor, seeds: Tensor, requests: Tensor, positions: Tensor, *, sampled: bool
+    ) -> Tensor:
+        """Tokens [B * R] of the path at every row; -1 where the logits give no law.
+
+        logits: [B, R, V] contiguous; temperature: [B] float32, 0 for greedy; seeds, requests: [B] int64 (bit patterns
+        of the unsigned keys); positions: [B * R] int64 of the rows.
+        """
+        batch, rows, vocabulary = logits.shape
+        grid = (batch * rows, self.tiles)
+        _peaks_kernel[grid](
+            logits, self.peaks, self.ids, self.sums, temperature, rows, vocabulary, self.tiles, BLOCK=_TILE,
+            SAMPLED=sampled, num_warps=4,
+        )  # fmt: skip
+        _choose_kernel[(batch * rows,)](
+            logits, self.peaks, self.ids, self.sums, temperature, seeds, requests, positions, self.chosen, rows,
+            vocabulary, self.tiles, BLOCK=_TILE, WIDTH=triton.next_power_of_2(self.tiles), SAMPLED=sampled, num_warps=4,
+        )  # fmt: skip
+        return self.chosen
+
+
+def walk(tokens: Tensor, parents: Tensor, chosen: Tensor, emitted: Tensor, path: Tensor, counts: Tensor) -> None:
+    """Walk every request's tree.
+
+    tokens, parents: [B, R] int64, column 0 the root, parents as rows (-2 for padding and the root); chosen: [B * R].
+    Written: emitted [B, R + 1] (count, tokens), path [B, R] (accepted rows, the root first), counts [B].
+    """
+    batch, rows = tokens.shape
+    _walk_kernel[(batch,)](
+        tokens, parents, chosen, emitted, path, counts, rows, BLOCK=triton.next_power_of_2(rows), num_warps=1
+    )
+
+
+def advance(emitted: Tensor, counts: Tensor, tokens: Tensor, positions: Tensor, lengths: Tensor) -> None:
+    """Begin the next round where this one ended (see the kernel); for rounds of one row, or before a draft is laid."""
+    batch, rows = tokens.shape
+    _advance_kernel[(batch,)](emitted, counts, tokens, positions, lengths, rows, emitted.shape[1], num_warps=1)

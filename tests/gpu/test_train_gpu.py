@@ -1,0 +1,168 @@
+"""Training on a GPU: kernels against their definitions, no wait inside a step, runs that end on time."""
+
+import itertools
+import time
+
+import pytest
+import torch
+
+from drafters.learned import DIALOGUES
+from outpace import Engine
+from outpace.drafters.eagle import Eagle3
+from outpace.drafters.heads import DraftHead
+from outpace.drafters.losses import Teacher, head_loss, row_losses
+from outpace.drafters.medusa import Medusa
+from outpace.drafters.mtp import MTP, MTPHeads
+from outpace.drafters.unroll import dense_attention, unrolled_attention
+from outpace.target import Target
+from outpace.train import Corpus, CorpusSettings, Trainer, TrainSettings, write_corpus
+from outpace.train.evaluate import simulate
+from outpace.train.features import read_taps
+from outpace.train.packing import Document, assemble
+from outpace.train.prompts import PromptLine, PromptReport
+from tiny import PROMPTS, make_model
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+
+BOUNDS = [0, 10, 30, 37, 74, 200]
+
+
+@pytest.mark.parametrize("steps", [1, 2, 6])
+@pytest.mark.parametrize(("heads", "key_heads", "size"), [(9, 3, 64), (4, 4, 128), (4, 1, 32)])
+def test_the_unrolled_kernel_equals_the_definition_with_gradients(steps, heads, key_heads, size):
+    """bfloat16 through the kernel against float32 through the mask: within the noise of bfloat16."""
+    torch.manual_seed(steps)
+    rows = BOUNDS[-1]
+    make = lambda n: torch.randn(rows, n, size, device="cuda", dtype=torch.bfloat16, requires_grad=True)  # noqa: E731
+    q, keys, values = make(heads), [make(key_heads) for _ in range(steps)], [make(key_heads) for _ in range(steps)]
+    bounds = torch.tensor(BOUNDS, dtype=torch.int32, device="cuda")
+    ours = unrolled_attention(q, keys, values, bounds=bounds, longest=126)
+    documents = torch.zeros(1, rows, dtype=torch.int64, device="cuda")
+    for number, (a, b) in enumerate(itertools.pairwise(BOUNDS), start=1):
+        documents[0, a:b] = number
+    wide = [x.detach().float().requires_grad_() for x in (q, *keys, *values)]
+    want = dense_attention(wide[0][None], [k[None] for k in wide[1 : 1 + steps]], [v[None] for v in wide[1 + steps :]],
+                           documents)[0]  # fmt: skip
+    torch.testing.assert_close(ours.float(), want, atol=2e-2, rtol=2e-2)
+    grad = torch.randn_like(want)
+    for a, b in zip(
+        torch.autograd.grad(ours, [q, *keys, *values], grad.bfloat16()), torch.autograd.grad(want, wide, grad),
+        strict=True,
+    ):  # fmt: skip
+        scale = float(b.abs().max())
+        torch.testing.assert_close(a.float() / scale, b / scale, atol=2e-2, rtol=3e-2)
+
+
+@pytest.fixture(scope="module")
+def target():
+    return Target(make_model(dtype=torch.bfloat16, head_dim=16, vocab_size=5000).cuda())
+
+
+@pytest.mark.parametrize("kind", ["soft", "kl"])
+@pytest.mark.parametrize("size", [0, 3000])
+@pytest.mark.parametrize("head_kind", ["target", "own"])
+def test_the_fused_loss_equals_the_definition(kind, size, head_kind, target):
+    torch.manual_seed(0)
+    head = DraftHead(target, size, head_kind).cuda()
+    states = torch.randn(300, 32, device="cuda", dtype=torch.bfloat16) / 8
+    hidden = (torch.randn(203, 32, device="cuda", dtype=torch.bfloat16) / 8).requires_grad_()
+    rows = torch.randint(0, 300, (203,), device="cuda")
+    label = torch.randint(0, 5000, (203,), device="cuda")
+    total, hits = head_loss(kind, hidden, head, label, Teacher(states, rows), chunk=64)
+    leaves = [hidden, *head.parameters()]
+    ours = torch.autograd.grad(total, leaves)
+    logits = head(hidden)
+    p = torch.softmax(torch.nn.functional.linear(states[rows], head.teacher).float(), -1)
+    want = row_losses(kind, logits, p, head.to_draft(label)).sum()
+    torch.testing.assert_close(total, want, atol=1e-2, rtol=1e-3)
+    for a, b in zip(ours, torch.autograd.grad(want, leaves), strict=True):
+        scale = float(b.abs().max())
+        torch.testing.assert_close(a.float() / scale, b.float() / scale, atol=2e-2, rtol=5e-2)
+    assert torch.equal(hits, logits.argmax(-1) == head.to_draft(label))
+
+
+def test_taps_of_packed_documents_are_those_of_each_alone(target):
+    batch = assemble([DIALOGUES[:2], DIALOGUES[2:]], 30, target)
+    found = read_taps(batch, ("in:2", "post_norm"))
+    for (row, start), document in zip(((0, 0), (0, 16), (1, 0)), DIALOGUES, strict=True):
+        size = len(document.tokens)
+        alone = read_taps(assemble([[document]], size, target), ("in:2", "post_norm"))
+        for tap in found:
+            ours, want = found[tap][row, start : start + size].float(), alone[tap][0].float()
+            scale = float(want.abs().max())
+            torch.testing.assert_close(ours / scale, want / scale, atol=2e-2, rtol=0)
+
+
+@pytest.fixture(scope="module")
+def documents(target, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("corpus")
+    lines = [PromptLine(f"p{i}", "", p) for i, p in enumerate(PROMPTS)]
+    write_corpus(target, PromptReport(prompts=lines), folder,
+                 CorpusSettings(temperatures=(0.0, 0.8), max_new_tokens=60, max_batch=16))  # fmt: skip
+    return Corpus.load(folder)
+
+
+MAKERS = {
+    "eagle3": lambda: Eagle3(draft_len=4, branches=1, nodes=4, vocabulary=3000),
+    "mtp": lambda: MTP(draft_len=4, branches=3, nodes=9, vocabulary=0),
+    "mtp_heads": lambda: MTPHeads(heads=3, vocabulary=3000),
+    "medusa": lambda: Medusa(heads=3, projection="low_rank", rank=8, vocabulary=0),
+}
+
+
+@pytest.mark.parametrize("optimizer", ["flash", "adamw"])
+@pytest.mark.parametrize("name", MAKERS)
+def test_every_drafter_trains_and_then_decodes_the_same_text(name, optimizer, target, documents, tmp_path):
+    drafter = MAKERS[name]()
+    drafter.recipe = drafter.recipe.replace(tokens_per_step=1024, row_length=256, rows=4, lr=3e-3)
+    settings = TrainSettings(steps=60, optimizer=optimizer, eval_every=0, save_every=0)
+    run = Trainer(target, drafter, documents, tmp_path, settings)
+    trained = run.run()
+    losses = [point["loss"] for point in run.curves if "loss" in point]
+    assert losses[-1] < losses[0]
+    engine = Engine(target, trained, stand_down=False)
+    outputs = engine.generate(PROMPTS, max_new_tokens=40, seed=3)
+    assert sum(o.stats.drafted for o in outputs) > 0
+    if name == "eagle3":
+        reached = sum(o.stats.emitted for o in outputs) / sum(o.stats.rounds for o in outputs)
+        assert simulate(trained, outputs, depth=4) == pytest.approx(reached, rel=0.1)
+
+
+def test_a_run_by_the_clock_ends_on_time(target, documents, tmp_path):
+    drafter = MAKERS["eagle3"]()
+    drafter.recipe = drafter.recipe.replace(tokens_per_step=1024, row_length=256, rows=4)
+    run = Trainer(target, drafter, documents, tmp_path, TrainSettings(minutes=0.25, eval_every=0, save_every=0))
+    started = time.perf_counter()
+    run.run()
+    assert 12 < time.perf_counter() - started < 20
+    assert run.progress.share == pytest.approx(1.0)
+
+
+def test_a_step_does_not_wait_for_the_device(target, documents, tmp_path):
+    """Features, objective, backward, clip and optimiser of a warm step, with waits forbidden."""
+    drafter = MAKERS["eagle3"]()
+    drafter.recipe = drafter.recipe.replace(tokens_per_step=1024, row_length=256, rows=4)
+    run = Trainer(target, drafter, documents, tmp_path, TrainSettings(steps=9, eval_every=0, save_every=0))
+    from outpace.train.loop import Clocked, Figures
+
+    pieces = [next(run._batches(step)) for step in range(4)]
+    figures, clock = Figures.none(drafter.recipe.depths, target.device), Clocked(target.device)
+    for number, piece in enumerate(pieces):
+        torch.cuda.set_sync_debug_mode("error" if number >= 2 else "default")
+        try:
+            run._step(iter([piece]), figures, clock)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+
+def test_documents_longer_than_a_kernels_block(target):
+    """A document of 700 tokens: packed features and the unrolled objective stay finite and agree with short ones."""
+    long = Document([5 + i % 200 for i in range(700)], 20)
+    drafter = MAKERS["eagle3"]()
+    drafter.initialise(target)
+    batch = assemble([[long, DIALOGUES[0]]], 768, target, shifts=drafter.shifts)
+    batch.taps = read_taps(batch, drafter.training_taps)
+    with torch.autocast("cuda", torch.bfloat16):
+        losses = drafter.objective(batch)
+    losses.total.backward()
+    assert all(torch.isfinite(p.grad).all() for p in drafter.module.parameters())
