@@ -16,6 +16,11 @@ def target(request):
     return Target(make_model(request.param, dtype=torch.float64).requires_grad_(False))
 
 
+@pytest.fixture(scope="module")
+def exact_llama():
+    return Target(make_model(dtype=torch.float64, max_position_embeddings=512).requires_grad_(False))
+
+
 def adapter_of(target, seed=0):
     adapter = GatedLoRA.for_all_layers(target.model, rank=2).double()
     generator = torch.Generator().manual_seed(seed)
@@ -139,6 +144,28 @@ def test_flex_attention_agrees_with_the_dense_definition(target):
     flex = run(target, adapter, embeds, tokens, documents, positions, kernel="flex")
     for a, b in zip(dense, flex, strict=True):
         torch.testing.assert_close(a.hidden, b.hidden, atol=1e-9, rtol=0)
+
+
+@torch.inference_mode()
+def test_blocks_that_are_skipped_taken_whole_or_looked_into(exact_llama):
+    """Several blocks of 128 rows and keys, not multiples of it."""
+    target = exact_llama
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(2, 40, (2, 300), generator=generator)
+    documents = (torch.arange(300) // torch.tensor([[90], [250]])) + 1
+    positions = torch.arange(300) % torch.tensor([[90], [250]])
+    starts = torch.stack([torch.randperm(290, generator=generator)[:90].sort().values + 5 for _ in range(2)])
+    embeds = torch.randn(2, 90 * SLOTS, target.hidden_size, generator=generator, dtype=torch.float64)
+    at = (positions.gather(1, starts)[..., None] + torch.arange(SLOTS)).flatten(1)
+    found = []
+    for kernel in ("dense", "flex"):
+        reading = read(target, tokens, documents, positions, kernel)
+        found.append(
+            run_behind(
+                target, reading, embeds, at, lambda b, q, k: sees(b, q, k, documents, starts), None, kernel
+            ).hidden
+        )
+    torch.testing.assert_close(*found, atol=1e-9, rtol=0)
 
 
 def test_gradients_reach_adapter_and_embeddings_and_nothing_else(target):

@@ -264,7 +264,10 @@ class LearnedDrafter(Drafter):
         del counts, target
 
     def calibrate(self, batches: Iterable[Batch]) -> None:
-        """After training: choose decoding options on greedy text of the target (fixed trees), taps as in training."""
+        """After training: choose decoding options on text of the target (fixed trees), taps as in training.
+
+        The text was sampled at `evaluation_temperature`.
+        """
         del batches
 
     def initialise(self, target: Target, *, seed: int = 0) -> None:

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, Literal
 
 import torch
+from torch.nn import functional as F
 
 from outpace.errors import UnsupportedError
 from outpace.target import attention
@@ -33,6 +34,7 @@ Sees = Callable[["Tensor", "Tensor", "Tensor"], "Tensor"]
 Kernel = Literal["dense", "flex"]
 
 FLEX: Final = "outpace_flex"
+_BLOCK: Final = 128
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,15 +174,36 @@ def _within(sees: Sees, rows_at: Tensor, keys_at: Tensor, window: int) -> Sees:
 
 def _mask(sees: Sees, rows_at: Tensor, keys_at: Tensor, kernel: Kernel, groups: int) -> Any:
     """What the attention function of that kernel takes."""
-    batch, rows, keys = rows_at.shape[0], rows_at.shape[1], keys_at.shape[1]
-    device = rows_at.device
-    if kernel == "flex":
-        from torch.nn.attention.flex_attention import create_block_mask
-
-        return create_block_mask(lambda b, h, q, kv: sees(b, q, kv), batch, None, rows, keys, device=device)
-    index = [torch.arange(size, device=device) for size in (batch, rows, keys)]
+    sizes = rows_at.shape[0], rows_at.shape[1], keys_at.shape[1]
+    index = [torch.arange(size, device=rows_at.device) for size in sizes]
     seen = sees(index[0][:, None, None], index[1][None, :, None], index[2][None, None, :])
-    return attention.tile(seen[:, None], groups)
+    return _blocks(seen, sees) if kernel == "flex" else attention.tile(seen[:, None], groups)
+
+
+def _blocks(seen: Tensor, sees: Sees) -> Any:
+    """The block mask of seen [B, R, L]; `sees` decides inside blocks that are seen in part.
+
+    `create_block_mask` would evaluate the predicate on int64 grids of B * R * L, gigabytes; broadcast, it costs bytes.
+    """
+    from torch.nn.attention.flex_attention import BlockMask
+
+    batch, rows, keys = seen.shape
+    padded = F.pad(seen, (0, -keys % _BLOCK, 0, -rows % _BLOCK))
+    tiles = padded.view(batch, padded.shape[1] // _BLOCK, _BLOCK, padded.shape[2] // _BLOCK, _BLOCK).sum((2, 4))
+    whole = tiles == _BLOCK * _BLOCK
+    part_of = (tiles > 0) & ~whole
+
+    def listed(chosen: Tensor) -> tuple[Tensor, Tensor]:
+        order = torch.argsort(chosen.to(torch.int8), dim=-1, descending=True, stable=True)
+        return chosen.sum(-1, dtype=torch.int32)[:, None], order.to(torch.int32)[:, None]
+
+    return BlockMask.from_kv_blocks(
+        *listed(part_of),
+        *listed(whole),
+        BLOCK_SIZE=_BLOCK,
+        mask_mod=lambda b, h, q, kv: sees(b, q, kv),
+        seq_lengths=(rows, keys),
+    )
 
 
 @functools.cache

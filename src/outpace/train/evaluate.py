@@ -89,10 +89,10 @@ def simulate(drafter: LearnedDrafter, outputs: Sequence[Output], *, depth: int) 
     return tokens / rounds if rounds else 0.0
 
 
-def replay(drafter: LearnedDrafter, output: Output) -> Batch:
-    """An answer as a batch of one document, with the taps training reads."""
+def replay(drafter: LearnedDrafter, output: Output, *, temperature: float = 0.0) -> Batch:
+    """An answer, sampled at a temperature, as a batch of one document, with the taps training reads."""
     ids = [*output.prompt_tokens, *output.tokens]
-    document = Document(ids, len(output.prompt_tokens))
+    document = Document(ids, len(output.prompt_tokens), temperature=temperature)
     batch = assemble([[document]], len(ids), drafter.target, shifts=drafter.shifts)
     batch.taps = read_taps(batch, drafter.training_taps)
     return batch

@@ -402,7 +402,8 @@ class Trainer:
         changed = False
         if self._said and self.ranks.first:
             copy = self.drafter.for_decoding(weights)
-            copy.calibrate([replay(copy, output) for output in self._said])
+            heat = copy.evaluation_temperature
+            copy.calibrate([replay(copy, output, temperature=heat) for output in self._said])
             changed = copy.options() != self.drafter.options()
             self.drafter.take_options(copy)
         if self.ranks.agree(float(changed)):

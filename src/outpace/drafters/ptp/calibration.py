@@ -43,7 +43,7 @@ class Calibration(nn.Module):
             self.register_buffer(name, torch.zeros(size))
 
     @torch.no_grad()
-    def count(self, scores: Tensor, right: Tensor, tried: Tensor, keep: float = 0.98) -> None:
+    def count(self, scores: Tensor, right: Tensor, tried: Tensor, *, keep: float = 0.98) -> None:
         """Add windows of guesses: each [n, depths]; a window ends where it was not tried. Does not wait for the device.
 
         scores: float in [0, 1]; right, tried: bool. keep: what is left of the older counts.

@@ -8,9 +8,9 @@ arithmetic is in `rows`, on tensors; here it meets requests.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, ClassVar, Literal, get_args
+from typing import TYPE_CHECKING, ClassVar, Literal, Self, get_args
 from weakref import WeakKeyDictionary
 
 import torch
@@ -18,11 +18,11 @@ import torch
 from outpace.drafters.base import Context, Needs, RequestContext
 from outpace.drafters.learning import Batch, LearnedDrafter, Losses, Recipe
 from outpace.drafters.ptp import rows
-from outpace.drafters.ptp.calibration import BINS, GREEDY_NUMBER
+from outpace.drafters.ptp.calibration import BINS, GREEDY_NUMBER, Agreement, Calibration
 from outpace.drafters.ptp.encodings import find_encoding
 from outpace.drafters.ptp.modes import ModeName, find_mode
 from outpace.drafters.ptp.module import PtpModule
-from outpace.drafters.ptp.objective import Task, check_loss, objective
+from outpace.drafters.ptp.objective import Task, check_loss, objective, replay
 from outpace.errors import ConfigError
 from outpace.laws import Draft, NoiseDice, Sampler, Settings, Tree, Walk
 from outpace.target import Kernel, Scouts
@@ -99,8 +99,8 @@ class Ptp(LearnedDrafter):
         min_gain: expected tokens a row must bring to be run, as a slot or as a draft token; negative: as measured.
         branches: candidates per position; above 1, drafts are trees of them.
         draft_len: most tokens along a path; 0 for as many as slots allow.
-        read: how slots that predict laws are read: "path" (drawn with the position's own number), "argmax", or "auto":
-            "path", which for slots without numbers too is the better guess at temperature > 0.
+        read: how slots that predict laws are read at temperature > 0: "path" (drawn with the position's own number),
+            "argmax", or "auto": "path" for slots that carry numbers, "argmax" for those that do not.
         adaptive: go on calibrating while decoding. Off by default: drafts (never text) would depend on earlier ones.
     """
 
@@ -238,11 +238,33 @@ class Ptp(LearnedDrafter):
 
     def objective(self, batch: Batch) -> Losses:
         """Losses per slot, see `ptp.objective`."""
+        with torch.autocast(batch.tokens.device.type, enabled=False):  # laws need float32 and better, and say so
+            return objective(batch, self.module, self.shape, self._task())
+
+    def calibrate(self, batches: Iterable[Batch]) -> None:
+        """Count, on answers of the target, how far guesses reach and how far to trust them."""
+        found, agreement = Calibration(self.slots - self.shape.silent), Agreement()
+        device = self.target.device
+        for batch in batches:
+            replay(batch, self.module, self.shape, self._task(), found.to(device), agreement.to(device))
+        self.module.calibration, self.module.agreement = found, agreement
+        self.ready(self.target)
+
+    def take_options(self, other: Self) -> None:
+        """Decode as another one does: what it counted comes along."""
+        for mine, theirs in (
+            (self.module.calibration, other.module.calibration),
+            (self.module.agreement, other.module.agreement),
+        ):
+            mine.load_state_dict(theirs.state_dict())
+        super().take_options(other)
+
+    def _task(self) -> Task:
         recipe = self.recipe
         if recipe.depths > self.slots:
             raise ConfigError(f"depths={recipe.depths} goes beyond slots={self.slots}; pass slots={recipe.depths} too")
         check_loss(recipe.loss, self.shape, self.preset, self.inverse)
-        task = Task(
+        return Task(
             slots=recipe.depths,
             density=self.density,
             preset=self.preset,
@@ -251,10 +273,9 @@ class Ptp(LearnedDrafter):
             inverse=self.inverse,
             loss=recipe.loss,
             decay=recipe.decay,
+            draws=self._draws,
             kernel=None if self.attention == "auto" else self.attention,
         )
-        with torch.autocast(batch.tokens.device.type, enabled=False):  # laws need float32 and better, and say so
-            return objective(batch, self.module, self.shape, task)
 
     def ready(self, target: Target) -> None:
         """Read the calibration."""
@@ -351,7 +372,11 @@ class Ptp(LearnedDrafter):
 
     def draws(self, sampler: Sampler) -> bool:
         """Whether slots are read by drawing from their laws with the path's numbers, not by arg-max."""
-        return self.shape.law and self.read != "argmax" and not sampler.greedy
+        return self._draws and not sampler.greedy
+
+    @property
+    def _draws(self) -> bool:
+        return self.shape.law and (self.read == "path" or (self.read == "auto" and self.shape.reads))
 
     def _state(self, request: RequestContext) -> _State:
         return self._states.setdefault(request, _State())

@@ -27,12 +27,13 @@ from outpace.target import Kernel, Reading, read, run_behind
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from outpace.drafters.ptp.calibration import Agreement, Calibration
     from outpace.drafters.ptp.modes import Mode
     from outpace.drafters.ptp.module import PtpModule
 
 PIECE: Final = 1 << 27  # logits held at once: 0.5 GB in float32, 1 GB while numbers are inferred in float64
 _COLD: Final = 1e-3  # temperature that stands for greedy in a law
-_SOME: Final = 128  # tokens per evaluated batch at which other temperatures are compared with the preset
+_SOME: Final = 128  # tokens of an answer, about, at which other temperatures are compared with the preset
 LOSSES: Final[dict[bool, tuple[LossKind, ...]]] = {False: ("hard",), True: ("soft", "kl", "reverse_kl", "hard")}
 
 
@@ -47,7 +48,8 @@ class Task:
         beta: a number lies in its token's interval as a Beta(beta, beta) variable; 1 is uniform.
         inverse: infer numbers under the drafter's own laws, without the teacher.
         loss: "hard" (the corpus's token), "soft" or "kl" (the teacher's law), "reverse_kl".
-        decay: weight of slot j is decay^j. kernel: of attention.
+        decay: weight of slot j is decay^j. draws: slots' laws are read by drawing, not by arg-max.
+        kernel: of attention.
     """
 
     slots: int
@@ -58,6 +60,7 @@ class Task:
     inverse: bool
     loss: LossKind
     decay: float
+    draws: bool
     kernel: Kernel | None = None
 
 
@@ -77,21 +80,91 @@ def check_loss(loss: LossKind, mode: Mode, preset: Settings, inverse: bool) -> N
         raise ConfigError("loss 'reverse_kl' is infinite where a truncated preset has no mass; pass loss='kl'")
 
 
+@dataclass(frozen=True, slots=True)
+class Judged:
+    """What became of windows: total with gradient; losses, hits (0 or 1), scores, alive, each [B, W, N]."""
+
+    total: Tensor
+    losses: Tensor
+    hits: Tensor
+    scores: Tensor
+    alive: Tensor
+
+    def guesses(self, silent: int) -> tuple[Tensor, Tensor, Tensor]:
+        """(scores, right, tried) of the slots that draft, [B * W, depths] each."""
+        parts = (self.scores, self.hits > 0, self.alive)
+        scores, right, tried = (part[:, :, silent:].flatten(0, 1) for part in parts)
+        return scores, right, tried
+
+
 def objective(batch: Batch, module: PtpModule, mode: Mode, task: Task) -> Losses:
     """Losses per slot over windows drawn from the batch's answers."""
-    target, (_, length) = batch.target, batch.shape
     training = torch.is_grad_enabled()
     generator = None if training else torch.Generator(batch.tokens.device).manual_seed(0)
-    reading = read(target, batch.tokens, batch.documents, batch.positions, task.kernel)
+    reading = read(batch.target, batch.tokens, batch.documents, batch.positions, task.kernel)
+    count = max(1, round(task.density * batch.shape[1] / task.slots))
+    windows = Windows.sample(_places(batch, task), count, task.slots, mode, generator)
+    judged = judge(batch, module, mode, task, reading, windows, generator)
+    scores, right, tried = judged.guesses(mode.silent)
+    module.calibration.count(scores, right, tried)
+    return Losses(
+        total=judged.total,
+        sums=(judged.losses * judged.alive).sum((0, 1)),
+        counts=judged.alive.sum((0, 1)).float(),
+        hits=(judged.hits * judged.alive).sum((0, 1)),
+        extra={"right_in_a_row": torch.cumprod((right & tried).float(), 1).sum() / tried[:, 0].sum().clamp_min(1)},
+    )
+
+
+@torch.no_grad()
+def replay(
+    batch: Batch, module: PtpModule, mode: Mode, task: Task, calibration: Calibration, agreement: Agreement
+) -> tuple[int, int]:
+    """Walk through an answer as decoding would, counting guesses: (tokens, rounds).
+
+    batch: one document. A round starts where the last one ended, in front of what was hard to guess: an average over
+    all places is better than decoding ever gets. Waits for the device.
+    """
+    reading = read(batch.target, batch.tokens, batch.documents, batch.positions, task.kernel)
+    places = batch.answer & (batch.positions > 0)
+    starts = places.nonzero()[:, 1][None]
+    windows = Windows(starts, torch.ones_like(starts, dtype=torch.bool), task.slots, mode)
+    generator = torch.Generator(batch.tokens.device).manual_seed(0)
+    scores, right, tried = judge(batch, module, mode, task, reading, windows, generator).guesses(mode.silent)
+    runs = torch.cumprod((right & tried).long(), 1).sum(1).tolist()
+    visited, at = [], 0
+    while at < len(runs):
+        visited.append(at)
+        at += 1 + runs[at]
+    where = torch.tensor(visited, device=scores.device)
+    calibration.count(scores[where], right[where], tried[where], keep=1.0)
+    if not task.any_temperature:
+        states = reading.hidden[0, starts[0] - 1]
+        agreement.count(_wide(_head(batch.target)(states[:: 1 + len(runs) // _SOME])), task.preset)
+    return at, len(visited)
+
+
+def judge(
+    batch: Batch,
+    module: PtpModule,
+    mode: Mode,
+    task: Task,
+    reading: Reading,
+    windows: Windows,
+    generator: torch.Generator | None = None,
+) -> Judged:
+    """Run windows of slots behind a reading, with the numbers their text has, and compare what they say with it."""
+    target, length = batch.target, batch.shape[1]
     places = _places(batch, task)
-    count = max(1, round(task.density * length / task.slots))
-    windows = Windows.sample(places, count, task.slots, mode, generator)
-    if task.inverse:
+    numbers = None
+    if task.inverse and torch.is_grad_enabled():
         u, counts = _own_numbers(batch, module, windows, reading, task, generator)
     else:
         drawn, counts = teacher_numbers(batch, reading, task, generator)
         counts &= places
         u = drawn.gather(1, windows.indices(0, length).flatten(1))
+        if task.draws:
+            numbers = drawn.gather(1, windows.indices(mode.lead, length).flatten(1)).flatten()
     alive = windows.lives(batch.documents, counts)
     temperature = batch.temperature.gather(1, windows.starts)
     rows = run_behind(
@@ -103,17 +176,13 @@ def objective(batch: Batch, module: PtpModule, mode: Mode, task: Task) -> Losses
         module.adapter,
         task.kernel,
     )
-
     predicted = windows.indices(mode.lead, length).flatten(1)
     weights = task.decay ** torch.arange(task.slots, device=u.device) * alive / (batch.answers * task.density)
     teacher = None
     if mode.law and task.loss != "hard":
         before = (predicted - 1)[..., None].expand(-1, -1, reading.hidden.shape[-1])
         teacher = reading.hidden.gather(1, before).flatten(0, 1)
-    numbers = None
-    if mode.law and mode.reads and not task.inverse:
-        numbers = drawn.gather(1, predicted).flatten()
-    found = _judge(
+    total, *parts = _judge(
         rows.hidden.flatten(0, 1),
         batch.tokens.gather(1, predicted).flatten(),
         weights.flatten(),
@@ -123,23 +192,8 @@ def objective(batch: Batch, module: PtpModule, mode: Mode, task: Task) -> Losses
         _head(target),
         task,
     )
-    losses, hits, scores = (part.view(alive.shape) for part in found[1:])
-    drafts = slice(mode.silent, None)
-    guess = [part[:, :, drafts].flatten(0, 1) for part in (scores, hits.bool(), alive)]
-    module.calibration.count(guess[0], guess[1], guess[2], keep=0.98 if training else 0.9)
-    if not training and not task.inverse and not task.any_temperature:
-        some = torch.rand(places.shape, device=u.device, generator=generator).masked_fill(~places, -1.0)
-        states = reading.hidden.flatten(0, 1)[some.flatten().topk(min(_SOME, some.numel())).indices - 1]
-        module.agreement.count(_wide(_head(target)(states)), task.preset)
-    run = torch.cumprod((hits.bool() & alive)[:, :, drafts].float(), 2).sum()
-    whole = alive[:, :, mode.silent].sum().clamp_min(1)
-    return Losses(
-        total=found[0],
-        sums=(losses * alive).sum((0, 1)),
-        counts=alive.sum((0, 1)).float(),
-        hits=(hits * alive).sum((0, 1)),
-        extra={"emitted_per_round": 1 + run / whole},
-    )
+    losses, hits, scores = (part.view(alive.shape) for part in parts)
+    return Judged(total, losses, hits, scores, alive)
 
 
 def _head(target: Any) -> Callable[[Tensor], Tensor]:
