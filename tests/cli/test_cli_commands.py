@@ -96,12 +96,15 @@ def test_drafters_are_split_at_commas_that_end_a_spec():
 def test_doctor(outpace):
     result = outpace("doctor")
     assert result.exit_code == 0
-    for word in ("torch", "transformers", "smollm2", "drafter suffix", "grouped SDPA attention"):
+    for word in ("torch", "transformers", "smollm2", "drafter suffix", "decoding ", "faster "):
         assert word in result.stdout
     document = json.loads(outpace("doctor", "--json").stdout)
     assert document["outpace"] == package.__version__
     assert {"prompt_lookup", "suffix", "layer_skip", "lookahead"} <= {d["name"] for d in document["drafters"]}
     assert document["devices"]["cpu"]["threads"] >= 1
+    path = document["decoding_path"]
+    assert path["captured_graphs"] == path["active"].startswith("fused kernels")
+    assert path["faster"], "doctor says why nothing faster runs"
 
 
 def test_doctor_names_the_install_line_of_what_is_missing(outpace, monkeypatch):
