@@ -71,8 +71,8 @@ def test_a_group_says_what_a_drafting_pass_of_its_own_would(exact, mode, read):
         before = request.tokens[:-1]  # the group did not know the newest token, only its number
         numbers = Noise(5).grid(torch.tensor(0), torch.arange(len(before) + 20))
         cache = exact.new_cache()
-        exact.prefill(before[:-1], cache)
         with torch.inference_mode():
+            exact.prefill(before[:-1], cache)
             alone = draft_alone(exact, drafter, request.sampler, before, numbers, cache)
         assert alone[0] == request.tokens[-1]
         assert list(ours) == alone[1 : 1 + len(ours)]

@@ -9,7 +9,7 @@ import importlib.util
 import os
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal, cast, get_args
 
 import torch
@@ -104,6 +104,7 @@ class Target:
         self.eos = _eos_ids(model)
         self._gate = Gate()
         self._fast = _FastState()
+        self._attached: list[GatedLoRA] = []
         self.path: PathName = _checked_path(path)
         self._generic: GenericRunner | None = None
         if self.family is None:
@@ -256,9 +257,11 @@ class Target:
             CheckpointError: if the adapter does not fit the model.
         """
         handles = attach(self.model, adapter, self._gate)
+        self._attached.append(adapter)
         try:
             yield
         finally:
+            self._attached.remove(adapter)
             for handle in handles:
                 handle.remove()
 
@@ -280,8 +283,11 @@ class Target:
         """
         if self._generic is not None:
             return self._generic.run(block, cache, taps=taps, logits=logits)
-        fast = self.fast
+        fast = None if torch.is_grad_enabled() else self.fast  # fused passes have no gradients
         if fast is not None and fast.fits(block, cache):
+            scouts = block.scouts
+            if scouts is not None and scouts.adapter is not None and scouts.adapter not in self._attached:
+                block = replace(block, scouts=replace(scouts, adapter=None))  # no hook would apply it either
             wanted = check_taps(taps, self.layers_total)
             return fast.run(block, cache, layer_ids=self.layer_ids, taps=wanted, logits=logits)
         return self.finish(self.begin(block, cache, upto=self.layers_total, taps=taps), logits=logits)
