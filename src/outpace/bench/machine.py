@@ -114,6 +114,7 @@ def describe_target(target: Target) -> dict[str, Any]:
         "layers": target.layers_total,
         "hidden_size": target.hidden_size,
         "vocabulary": target.vocabulary,
+        "path": "fast" if target.fast is not None else f"readable ({target.path_reason})",
         "widened": getattr(target.config, "widened_from", None),
     }
 
