@@ -142,7 +142,7 @@ def test_break_even_from_costs_and_drafts():
 
 
 def test_a_round_is_timed_without_the_prompt():
-    """Ten rounds: the engine says prefill took 50 of 150 ms; stock decoding read the prompt in its first pass, 60 ms."""
+    """Ten rounds: prefill took 50 of 150 ms; or stock decoding read the prompt in its first pass, 60 ms."""
     plain = {"tokens": (), "emitted": 10, "prompt_tokens": 9, "text": "", "finish_reason": "length", "total_ms": 150.0}
     answer = Answer(**plain, ttft_ms=60.0)
     split = {"prefill": 50.0, "pass": 90.0}
