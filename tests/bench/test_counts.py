@@ -5,7 +5,7 @@ import itertools
 import pytest
 
 from outpace import Engine, Settings
-from outpace.bench.derive import break_even
+from outpace.bench.derive import _round_ms, break_even
 from outpace.bench.methods import drive
 from outpace.bench.overhead import bookkeeping_us_per_round
 from outpace.bench.scripted import Scripted
@@ -139,6 +139,16 @@ def test_break_even_from_costs_and_drafts():
     assert break_even(50.0, 10.0, [answer])["acceptance"] is None  # four tokens a round cannot pay for five
     assert break_even(9.0, 10.0, [answer])["acceptance"] == 0.0
     assert break_even(9.0, 10.0, []) is None
+
+
+def test_a_round_is_timed_without_the_prompt():
+    """Ten rounds: prefill took 50 of 150 ms; or stock decoding read the prompt in its first pass, 60 ms."""
+    plain = {"tokens": (), "emitted": 10, "prompt_tokens": 9, "text": "", "finish_reason": "length", "total_ms": 150.0}
+    answer = Answer(**plain, ttft_ms=60.0)
+    split = {"prefill": 50.0, "pass": 90.0}
+    assert _round_ms([Trial(answers=(answer,), total_ms=150.0, split_ms=split, rounds=10)]) == 10.0
+    assert _round_ms([Trial(answers=(answer,), total_ms=150.0, rounds=10)]) == 10.0
+    assert _round_ms([Trial(answers=(Answer(**plain, ttft_ms=None),), total_ms=150.0)]) is None
 
 
 def test_a_record_survives_json():

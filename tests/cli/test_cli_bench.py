@@ -42,6 +42,7 @@ def test_a_run_writes_its_files_and_prints_its_tables(outpace, model_dir, questi
     assert "4/4 blocks" in result.stderr
     document = json.loads((tmp_path / "r.json").read_text())
     assert document["coverage"]["complete"]
+    assert document["target"]["path"].startswith(("fast", "readable"))
 
 
 def test_the_same_command_again_measures_nothing_anew(outpace, model_dir, questions, tmp_path):
@@ -134,6 +135,7 @@ def test_a_dry_run_loads_nothing(outpace, questions, tmp_path):
         (("--temperatures", "hot"), "expected numbers"),
         (("--batch-sizes", "99"), "a batch of 99 needs"),
         (("--state", "tepid"), "unknown state"),
+        (("--path", "slow"), "unknown path 'slow'"),
         (("--compat", "mt-bench"), "did you mean 'spec-bench'"),
     ],
 )

@@ -248,8 +248,8 @@ def test_a_module_beside_the_model_is_widened_alike(shape):
     targets = [Target(small_model), Target(widen(small_model, shape, torch.float32, "cpu"))]
     found = []
     for module, target in zip((small, large), targets, strict=True):
-        taps = target.prefill(PROMPTS[0], target.new_cache(), taps=("out:1", "post_norm"))
         with torch.inference_mode():
+            taps = target.prefill(PROMPTS[0], target.new_cache(), taps=("out:1", "post_norm"))
             found.append(module(torch.cat([taps["post_norm"], taps["out:1"]], -1)[0], taps["out:1"][0]))
     assert torch.allclose(found[0], found[1], atol=1e-4)
 

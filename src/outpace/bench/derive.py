@@ -249,9 +249,15 @@ def _decode_ms_per_token(trial: Trial) -> float:
 
 
 def _round_ms(trials: Sequence[Trial]) -> float | None:
-    """Milliseconds of a round, prefill apart where it is known."""
-    rounds = sum(trial.rounds or 0 for trial in trials)
-    time = sum(trial.total_ms - trial.split_ms.get("prefill", 0.0) for trial in trials if trial.rounds)
+    """Milliseconds of a round, prefill apart: as the engine adds it up, or what came before the first token."""
+    rounds, time = 0, 0.0
+    for trial in trials:
+        if trial.rounds and trial.split_ms:
+            rounds += trial.rounds
+            time += trial.total_ms - trial.split_ms["prefill"]
+        elif trial.rounds and trial.rounds > 1 and all(a.ttft_ms is not None for a in trial.answers):
+            rounds += trial.rounds - 1  # the first pass of stock decoding reads the prompt
+            time += trial.total_ms - max(a.ttft_ms or 0.0 for a in trial.answers)
     return time / rounds if rounds else None
 
 

@@ -99,8 +99,8 @@ def describe_state(device: torch.device) -> dict[str, Any]:
         ):
             try:
                 found[name] = read(device)
-            except (RuntimeError, ImportError, ModuleNotFoundError, AttributeError):
-                found[name] = None  # needs the package nvidia-ml-py, or rights
+            except Exception:  # the package nvidia-ml-py, rights, or the sensor is missing: each has its own error
+                found[name] = None
     return found
 
 
@@ -114,6 +114,7 @@ def describe_target(target: Target) -> dict[str, Any]:
         "layers": target.layers_total,
         "hidden_size": target.hidden_size,
         "vocabulary": target.vocabulary,
+        "path": "fast" if target.fast is not None else f"readable ({target.path_reason})",
         "widened": getattr(target.config, "widened_from", None),
     }
 

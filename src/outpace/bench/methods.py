@@ -137,13 +137,7 @@ class EngineMethod(Method):
         if self._engine is None:
             self.open()
         assert self._engine is not None
-        engine = self._engine
-        if engine.drafter is None or engine.drafter.adapter is None:
-            return drive(engine, jobs, clock)
-        try:  # an adapter stays hooked to the model while its engine lives, and two must not meet
-            return drive(engine, jobs, clock)
-        finally:
-            self.close()
+        return drive(self._engine, jobs, clock)
 
 
 class CeilingMethod(EngineMethod):
@@ -257,8 +251,7 @@ def engine_methods(
             drafter = make_drafter(spec)
             if drafter is None or widening is None or small is None:
                 return drafter
-            if drafter.needs.taps or drafter.adapter is not None:
-                drafter.fit(small)
+            drafter.fit(small)
             return drafter.widened(widening, target)
 
         return make

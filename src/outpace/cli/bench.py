@@ -113,6 +113,7 @@ def run(
     widen: Annotated[
         str | None, typer.Option(help="Widen the model into this shape first, e.g. llama-3.1-8b; figures say so.")
     ] = None,
+    path: Annotated[str, typer.Option(help="How the engine's passes run: auto, readable or fast.")] = "auto",
     fresh: Annotated[bool, typer.Option("--fresh", help="Start anew; an older run in --out is renamed.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be run, and leave.")] = False,
     dtype: Dtype = "auto",
@@ -160,7 +161,7 @@ def run(
         _endpoints(endpoint, config, loaded, ledger)
         if endpoint
         else _model(
-            model, config, loaded, ledger, paths["ledger"], widen=widen, dtype=dtype, device=device,
+            model, config, loaded, ledger, paths["ledger"], widen=widen, path=path, dtype=dtype, device=device,
             trust_remote_code=trust_remote_code,
         )
     )  # fmt: skip
@@ -206,9 +207,10 @@ def _model(
     config: BenchConfig,
     suite: Suite,
     ledger: Ledger,
-    path: Path,
+    file: Path,
     *,
     widen: str | None,
+    path: str,
     dtype: str,
     device: str | None,
     trust_remote_code: bool,
@@ -223,9 +225,10 @@ def _model(
     widened = None
     if widen is not None:
         target, widened = _widened(target, widen)
+    target = target.through(path)  # type: ignore[arg-type]
     with LiveTable() as table:
         return bench(
-            target, config, suite, ledger, watch=table.watch, last_resort=LastResort(path.with_suffix(".stuck")),
+            target, config, suite, ledger, watch=table.watch, last_resort=LastResort(file.with_suffix(".stuck")),
             widened=widened,
         )  # fmt: skip
 

@@ -40,6 +40,7 @@ class DraftHead(nn.Module):
     def __init__(self, target: Target, size: int, kind: HeadKind, ids: Tensor | None = None) -> None:
         super().__init__()
         full = target.model.get_output_embeddings().weight
+        full = full[: getattr(target.config, "widened_vocabulary", full.shape[0])]  # what lies behind is never said
         self.vocabulary = int(full.shape[0])
         self.reduced = 0 < size < self.vocabulary
         self.kind = kind

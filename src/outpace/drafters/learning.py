@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from outpace.target import Target
+    from outpace.target.widen import Widening
 
 LossKind = Literal["soft", "hard", "kl", "reverse_kl", "total_variation", "overlap", "hybrid"]
 Schedule = Literal["cosine", "linear", "constant"]
@@ -357,6 +358,19 @@ class LearnedDrafter(Drafter):
         copy._take(self.target)
         copy.recipe, copy.provenance = self.recipe, self.provenance
         return copy
+
+    def widened(self, widening: Widening, target: Target) -> Self:
+        """These weights in modules of the widened target's sizes (see `Drafter.widened`)."""
+        from outpace.target.widen import widen_module
+
+        wide = type(self)(**{name: getattr(self, name) for name in self.options()})
+        module = wide.build(target)
+        if isinstance(getattr(module, "taps", None), tuple):
+            module.taps = self.module.taps  # layers were added on top: the same ones are read
+        widen_module(widening, self.module, module)
+        wide.module = module.to(target.dtype).eval()
+        wide._take(target)
+        return wide
 
     def _take(self, target: Target) -> None:
         self.target = target

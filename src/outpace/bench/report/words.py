@@ -102,6 +102,8 @@ def conditions(result: Mapping[str, Any]) -> list[str]:
         f"Drafters {config['state']}, {standing}, rule {config['rule']}, seed {config['seed']}. Times are wall clock "
         "from submission to the last token, prefill included, tokenisation excluded.",
     ]
+    if result["target"].get("path"):
+        lines.append(f"Passes of the engine run through the path: {result['target']['path']}.")
     floor = result.get("floor")
     if floor:
         lines.append(

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from outpace.target import GatedLoRA, Readout, Target
+    from outpace.target.widen import Widening
 
 ReadMode = Literal["auto", "argmax", "path"]
 _AHEAD = 128  # numbers of a request fetched at once
@@ -276,6 +277,14 @@ class Ptp(LearnedDrafter):
             draws=self._draws,
             kernel=None if self.attention == "auto" else self.attention,
         )
+
+    def widened(self, widening: Widening, target: Target) -> Self:
+        """As any learned drafter; and slots enter with the constants that every token's embedding has there."""
+        wide = super().widened(widening, target)
+        start = widening.small.hidden_size
+        with torch.no_grad():
+            wide.module.embedding.bias[start : start + widening.constants] = widening.constant
+        return wide
 
     def ready(self, target: Target) -> None:
         """Read the calibration."""

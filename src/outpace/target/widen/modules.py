@@ -2,8 +2,9 @@
 
 A drafter's module, built for the widened target, is filled so that it computes what the small one computed: hidden
 sizes, heads and feed-forward units are recognised by their sizes and by the field's names for projections (q_proj,
-o_proj, ...); inputs and outputs may be several hidden states side by side. Added rows give zero, whatever meets a zero
-is random. Unlike the target itself this is exact only up to eps in the norms, which costs nothing but a guess.
+o_proj, ...); inputs and outputs may be several hidden states side by side. Added rows give zero; in linear layers,
+whatever meets a zero is random. Unlike the target itself this is exact only up to eps in the norms, which costs nothing
+but a guess.
 
 Knows no drafter.
 """
@@ -11,16 +12,18 @@ Knows no drafter.
 from __future__ import annotations
 
 import math
+import re
 import zlib
 from typing import TYPE_CHECKING, Final
 
 import torch
+from torch import nn
 
 from outpace.errors import UnsupportedError
 from outpace.target.widen.widening import Widening
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
+    from torch import Tensor
 
 Layout = tuple[list[int], list[int]]
 """Places in the small dimension, and where each of them goes in the large one."""
@@ -35,17 +38,19 @@ def widen_module(widening: Widening, small: nn.Module, large: nn.Module) -> None
         UnsupportedError: if a tensor is laid out in a way that is not understood; `large` is left as it was.
     """
     wide = large.state_dict()
+    linear = {f"{name}.weight" for name, module in large.named_modules() if isinstance(module, nn.Linear)}
     found = {}
     for name, tensor in small.state_dict().items():
         if name not in wide:
             raise UnsupportedError(
                 f"cannot widen tensor {name!r}: the module for the large target has none of that name"
             )
-        found[name] = _widened(widening, name, tensor, wide[name])
+        found[name] = _widened(widening, name, tensor, wide[name], spend=name in linear)
     large.load_state_dict(found, strict=False)
 
 
-def _widened(widening: Widening, name: str, small: Tensor, large: Tensor) -> Tensor:
+def _widened(widening: Widening, name: str, small: Tensor, large: Tensor, *, spend: bool) -> Tensor:
+    """One tensor; `spend`: it multiplies states and nothing else, so what meets a zero may be random."""
     if small.shape == large.shape:
         return small.to(large.device, large.dtype)
     if small.dim() == 1:
@@ -54,13 +59,17 @@ def _widened(widening: Widening, name: str, small: Tensor, large: Tensor) -> Ten
         raise UnsupportedError(f"cannot widen tensor {name!r} with {small.dim()} dimensions")
     rows = _layout(widening, name, small.shape[0], large.shape[0], output=True)
     columns = _layout(widening, name, small.shape[1], large.shape[1], output=False)
-    generator = torch.Generator(large.device).manual_seed(widening.seed ^ zlib.crc32(name.encode()))
-    out = torch.randn(large.shape, generator=generator, dtype=large.dtype, device=large.device) * _STD
+    out = torch.zeros_like(large)
+    if spend:
+        generator = torch.Generator(large.device).manual_seed(widening.seed ^ zlib.crc32(name.encode()))
+        out = torch.randn(large.shape, generator=generator, dtype=large.dtype, device=large.device) * _STD
+    heads = widening.small.num_attention_heads * widening.small.head_dim
     live = {*columns[1], *_constants(widening, large.shape[1])}
-    if _projection(name) == "o_proj" and small.shape[1] != large.shape[1]:
+    if _projection(name) == "o_proj" and small.shape[1] == heads != large.shape[1]:
         live |= widening.live_outputs()
     out[:, sorted(live)] = 0
-    scale = math.sqrt(widening.shape.head_dim / widening.small.head_dim) if _projection(name) == "q_proj" else 1.0
+    queries = _projection(name) == "q_proj" and small.shape[0] == heads != large.shape[0]
+    scale = math.sqrt(widening.shape.head_dim / widening.small.head_dim) if queries else 1.0
     values = (small.float() * scale)[rows[0]][:, columns[0]].to(large.device, large.dtype)
     places = torch.tensor(rows[1], device=large.device)
     out[places[:, None], torch.tensor(columns[1], device=large.device)] = values
@@ -68,11 +77,11 @@ def _widened(widening: Widening, name: str, small: Tensor, large: Tensor) -> Ten
 
 
 def _vector(widening: Widening, name: str, small: Tensor, large: Tensor) -> Tensor:
-    """A bias, zero where it is new; or the weight of a norm, which also makes up for the larger mean."""
+    """The weight of a norm, which also makes up for the larger mean; or anything else, zero where it is new."""
     source, places = _layout(widening, name, small.shape[0], large.shape[0], output=True)
     out = torch.zeros_like(large)
     scale = 1.0
-    if not name.endswith("bias"):
+    if name.rpartition(".")[2] == "weight":
         out += 1
         out[sorted(_constants(widening, large.shape[0]))] = 0
         scale = math.sqrt(widening.small.hidden_size / widening.shape.hidden_size)
@@ -90,7 +99,7 @@ def _constants(widening: Widening, size: int) -> set[int]:
 
 def _projection(name: str) -> str:
     """The field's name for the projection a tensor belongs to, or ""."""
-    return next((part for part in reversed(name.split(".")) if part.endswith("_proj")), "")
+    return next((part for part in reversed(re.split(r"[./]", name)) if part.endswith("_proj")), "")
 
 
 def _layout(widening: Widening, name: str, small: int, large: int, *, output: bool) -> Layout:
