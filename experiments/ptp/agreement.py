@@ -2,7 +2,8 @@
 
 A small base model learns a Markov language, writes text under a sampling preset, and stays frozen. Adapters of every
 mode then learn from that text, and agreement with the teacher under the same fresh numbers is measured as training
-proceeds: leading-correct drafts of 8. One drafter is trained under another preset than the text's, on purpose.
+proceeds: drafts in a row that are right, of 8, averaged over all places. Then the engine decodes with each, within a
+budget of rows. One drafter is trained under another preset than the text's, on purpose; its numbers mean other tokens.
 
     python experiments/ptp/agreement.py            # trains (about 12 minutes on one core), writes the result and figure
     python experiments/ptp/agreement.py --figure   # draws the figure from the result
@@ -148,18 +149,20 @@ def draw_curves(axes: Any) -> None:
     """Curves of agreement."""
     result = load("agreement")
     styles = {
-        "one_hot": (COLOURS["one_hot"], "-", "numbers in, tokens out (O-PTP)"),
-        "categorical": (COLOURS["categorical"], "-", "numbers in, laws out (C-PTP)"),
+        "one_hot": (COLOURS["one_hot"], "-", "O-PTP"),
+        "categorical": (COLOURS["categorical"], "-", "C-PTP"),
         "categorical, without a teacher": (COLOURS["categorical"], ":", "C-PTP, learned without a teacher"),
-        "one_hot, trained for temperature 1": (COLOURS["one_hot"], ":", "O-PTP, trained for another temperature"),
         "mask": (COLOURS["mask"], "-", "mask tokens, no numbers"),
+        "one_hot, trained for temperature 1": ("none", "-", "O-PTP, trained for temperature 1"),
     }
     for name, (colour, line, label) in styles.items():
-        steps, correct = zip(*result["cases"][name]["curve"], strict=True)
-        axes.plot(steps, correct, line, color=colour, label=label)
+        case = result["cases"][name]
+        steps, correct = zip(*case["curve"], strict=True) if colour != "none" else ((), ())
+        told = f"{label}: decodes {case['decoded']['emitted_per_round']:.1f} tokens per pass"
+        axes.plot(steps, correct, line, color=colour, label=told)
     axes.set_xlabel("training steps")
     axes.set_ylabel("drafts in a row that are right, of 8")
-    axes.legend(frameon=False, loc="lower right")
+    axes.legend(frameon=False, loc="upper left", fontsize=8)
     axes.set_ylim(0, 8)
 
 

@@ -96,6 +96,9 @@ class CpuPass:
         normed = self._norm(hidden, plan.norm)
         if "post_norm" in taps:
             found["post_norm"] = normed
+        if logits and wants_scouts:  # one product reads the head once; sliced, each would also take a slower kernel
+            both = _linear(normed, plan.head)
+            return Readout(both[:, :main], both[:, main:], found)
         return Readout(
             _linear(normed[:, :main], plan.head) if logits else None,
             _linear(normed[:, main:], plan.head) if wants_scouts else None,
