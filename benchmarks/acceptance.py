@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from collections import defaultdict
 from pathlib import Path
 from time import perf_counter
@@ -76,7 +75,9 @@ def main() -> None:
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
     about = {
         "model": options.model, "device": device, "dtype": str(target.dtype), "torch": torch.__version__,
-        "transformers": transformers.__version__, "questions": len(asked), "command": " ".join(sys.argv[1:]),
+        "transformers": transformers.__version__, "questions": len(asked),
+        "asked": {"temperatures": options.temperatures, "per_task": options.per_task, "tokens": options.tokens,
+                  "batch": options.batch, "seed": options.seed},
     }  # fmt: skip
     rows = []
     for temperature in map(float, options.temperatures.split(",")):

@@ -311,7 +311,8 @@ def main() -> None:
     rate = bandwidth()
     about = {
         "device": torch.cuda.get_device_name(), "copy_bytes_per_second": rate, "torch": torch.__version__,
-        "transformers": transformers.__version__, "command": " ".join(sys.argv[1:]),
+        "transformers": transformers.__version__,
+        "command": f"--section {options.section} --model {options.model} --shapes {options.shapes}",
     }  # fmt: skip
     print(json.dumps(about), flush=True)
     result: dict[str, Any] = {"about": about}

@@ -24,7 +24,7 @@ from outpace.laws import Draft, Rule, Stopping, Tree, Verdict, Walk
 from outpace.target import Block
 
 if TYPE_CHECKING:
-    from outpace.drafters import Context, Drafter
+    from outpace.drafters import Context, Drafter, RequestContext
     from outpace.target import BlockCache
 
 
@@ -105,14 +105,7 @@ def play_round(
     cache.commit([[0, *(node + 1 for node in walk.nodes)] for walk in walks])
     if drafter is not None:
         drafter.observe(context, walks, read)
-    rounds, reached = [], []
-    for request, tree, walk, stopping in zip(requests, trees, walks, stoppings, strict=True):
-        request.tokens.extend(walk.tokens)
-        request.remaining = stopping.remaining
-        request.round_index += 1
-        depths = tree.depths()
-        rounds.append(Round(walk.tokens, len(walk.nodes), len(tree), max(depths, default=0)))
-        reached.append(reached_depth(tree, walk))
+    rounds, reached = record(requests, trees, walks, stoppings)
     ended = perf_counter()
 
     timing.rounds += 1
@@ -121,6 +114,20 @@ def play_round(
     timing.walk_ms += 1e3 * (walked - passed)
     timing.other_ms += 1e3 * (ended - walked)
     return Played(rounds, verdicts, reached, 1e3 * (ended - started))
+
+
+def record(
+    requests: Sequence[RequestContext], trees: Sequence[Tree], walks: Sequence[Walk], stoppings: Sequence[Stopping]
+) -> tuple[list[Round], list[int]]:
+    """Let requests advance by what was emitted; returns per request the round, and the depths put to the test."""
+    rounds, reached = [], []
+    for request, tree, walk, stopping in zip(requests, trees, walks, stoppings, strict=True):
+        request.tokens.extend(walk.tokens)
+        request.remaining = stopping.remaining
+        request.round_index += 1
+        rounds.append(Round(walk.tokens, len(walk.nodes), len(tree), max(tree.depths(), default=0)))
+        reached.append(_reached(tree, walk))
+    return rounds, reached
 
 
 def drafted_trees(context: Context, drafter: Drafter | None, strict_rows: int) -> list[Tree]:
@@ -151,7 +158,7 @@ def _same_kernels(cache: BlockCache, slot: int) -> int:
     return cache.attended(length + 2) - length
 
 
-def reached_depth(tree: Tree, walk: Walk) -> int:
+def _reached(tree: Tree, walk: Walk) -> int:
     """Depths at which a draft token was put to the test: those passed, and the next one if the draft went on."""
     last = walk.nodes[-1] if walk.nodes else -1
     return len(walk.nodes) + (last in tree.parents)

@@ -23,8 +23,7 @@ from weakref import WeakKeyDictionary
 import torch
 
 from outpace.engine.device.kernels import Chooser, advance, walk
-from outpace.engine.output import Round
-from outpace.engine.round import Played, Timing, drafted_trees, reached_depth
+from outpace.engine.round import Played, Timing, drafted_trees, record
 from outpace.errors import LawError
 from outpace.laws import NoiseDice, Stopping, Tree, Walk
 from outpace.target import Readout
@@ -139,8 +138,8 @@ class DeviceRounds:
         flight = self._flying.popleft()
         flight.events[2].synchronize()
         read = flight.emitted.tolist()
-        walks, verdicts, rounds, reached = [], [], [], []
-        for row, tree, stopping in zip(read, trees, stoppings, strict=False):
+        walks, verdicts = [], []
+        for row, tree, stopping in zip(read[: len(requests)], trees, stoppings, strict=True):
             tokens = row[1 : row[0] + 1]
             if min(tokens) < 0:
                 self.forget()
@@ -152,17 +151,12 @@ class DeviceRounds:
             one = Walk(nodes[: verdict.kept - 1], tuple(tokens[: verdict.kept]))
             walks.append(one)
             verdicts.append(verdict)
-            reached.append(reached_depth(tree, one))
-            rounds.append(Round(one.tokens, len(one.nodes), len(tree), max(tree.depths(), default=0)))
         for b, one in enumerate(walks):
             context.cache.lengths[b] += len(one.tokens)
         if drafter is not None:
             taken = {name: value[: len(requests)] for name, value in flight.taps.items()}
             drafter.observe(context, walks, Readout(None, None, taken))
-        for request, one, stopping in zip(requests, walks, stoppings, strict=True):
-            request.tokens.extend(one.tokens)
-            request.remaining = stopping.remaining
-            request.round_index += 1
+        rounds, reached = record(requests, trees, walks, stoppings)
         ended = perf_counter()
         before, between, after = flight.events
         pass_ms, walk_ms = before.elapsed_time(between), between.elapsed_time(after)
