@@ -11,7 +11,6 @@ budget of rows. One drafter is trained under another preset than the text's, on 
 
 from __future__ import annotations
 
-import argparse
 import time
 from typing import Any
 
@@ -25,7 +24,7 @@ from outpace.laws import Noise, Settings, draw, warp
 from outpace.target import Target
 from outpace.train.packing import Document, assemble
 from outpace.train.schedule import rate
-from toy import COLOURS, Chain, load, plot, save
+from toy import COLOURS, Chain, command, load
 
 SIZE = 8
 PRESET = {"temperature": 0.8, "top_k": 6, "top_p": 0.95}
@@ -167,10 +166,4 @@ def draw_curves(axes: Any) -> None:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=1500)
-    parser.add_argument("--figure", action="store_true", help="only draw the figure")
-    asked = parser.parse_args()
-    if not asked.figure:
-        save("agreement", run(asked.steps))
-    print(plot("ptp_agreement", draw_curves))
+    command(__doc__, "agreement", run, draw_curves)

@@ -10,12 +10,11 @@ path's numbers has a function to learn instead.
 
 from __future__ import annotations
 
-import argparse
 from typing import Any
 
 import torch
 
-from toy import COLOURS, Chain, independent_optimum, load, plot, save, train
+from toy import COLOURS, Chain, command, independent_optimum, load, train
 
 VOCABULARY, SUCCESSORS, SLOTS, SEED = 8, 3, 12, 1
 CASES = [
@@ -69,10 +68,4 @@ def draw(axes: Any) -> None:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=1500)
-    parser.add_argument("--figure", action="store_true", help="only draw the figure")
-    asked = parser.parse_args()
-    if not asked.figure:
-        save("markov", run(asked.steps))
-    print(plot("ptp_markov", draw))
+    command(__doc__, "markov", run, draw)

@@ -9,12 +9,11 @@ contradict each other; the joint law allows no fall. Counted: falls in drafts, a
 
 from __future__ import annotations
 
-import argparse
 from typing import Any
 
 import torch
 
-from toy import COLOURS, Chain, independent_optimum, load, plot, save, train
+from toy import COLOURS, Chain, command, independent_optimum, load, train
 
 VOCABULARY, SLOTS = 16, 12
 
@@ -67,10 +66,4 @@ def draw(axes: Any) -> None:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=1500)
-    parser.add_argument("--figure", action="store_true", help="only draw the figure")
-    asked = parser.parse_args()
-    if not asked.figure:
-        save("monotone", run(asked.steps))
-    print(plot("ptp_monotone", draw))
+    command(__doc__, "monotone", run, draw)

@@ -5,6 +5,7 @@ No language model here: the student is a causal transformer that reads a start t
 
 from __future__ import annotations
 
+import argparse
 import json
 import math
 import time
@@ -247,3 +248,14 @@ def plot(name: str, draw: Callable[[Any], None], size: Sequence[float] = (6.4, 3
     path = FIGURES / f"{name}.svg"
     figure.savefig(path, metadata={"Date": None})
     return path
+
+
+def command(about: str | None, name: str, run: Callable[[int], dict[str, Any]], draw: Callable[[Any], None]) -> None:
+    """What every experiment does when it is called: run, keep results/NAME.json, draw ptp_NAME.svg."""
+    parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=1500)
+    parser.add_argument("--figure", action="store_true", help="only draw the figure")
+    asked = parser.parse_args()
+    if not asked.figure:
+        save(name, run(asked.steps))
+    print(plot(f"ptp_{name}", draw))
