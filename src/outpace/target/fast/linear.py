@@ -146,6 +146,29 @@ def activate(gate, up, GELU: tl.constexpr):  # noqa: ANN201  # Triton's language
 
 
 @triton.jit
+def _pair(
+    X, W, SQUARES, BIAS, rows, inside, first, second, eps,
+    K: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PARTS: tl.constexpr,
+    HAS_BIAS: tl.constexpr, LINES: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """What every paired kernel begins with: norm(X) times weight rows `first` and `second`, with their biases."""
+    _prefetch(W, first, K, LINES)
+    _prefetch(W, second, K, LINES)
+    enter_kernel(PDL)
+    if PARTS > 0:
+        squares = _squares(SQUARES, rows, inside, PARTS)
+    one, two = _products(X, W, rows, inside, first, second, K, BM, BN, BK, True)
+    if PARTS > 0:
+        scale = tl.rsqrt(tl.sum(squares, 1) / K + eps)[:, None]
+        one *= scale
+        two *= scale
+    if HAS_BIAS:
+        one += tl.load(BIAS + first).to(tl.float32)[None, :]
+        two += tl.load(BIAS + second).to(tl.float32)[None, :]
+    return one, two
+
+
+@triton.jit
 def _gated_kernel(
     X, W, OUT, SQUARES, BIAS, M, eps,
     N: tl.constexpr, K: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PARTS: tl.constexpr,
@@ -156,19 +179,9 @@ def _gated_kernel(
     inside = rows < M
     gates = tl.minimum(columns, N - 1)
     ups = gates + N
-    _prefetch(W, gates, K, LINES)
-    _prefetch(W, ups, K, LINES)
-    enter_kernel(PDL)
-    if PARTS > 0:
-        squares = _squares(SQUARES, rows, inside, PARTS)
-    gate, up = _products(X, W, rows, inside, gates, ups, K, BM, BN, BK, True)
-    if PARTS > 0:
-        scale = tl.rsqrt(tl.sum(squares, 1) / K + eps)[:, None]
-        gate *= scale
-        up *= scale
-    if HAS_BIAS:
-        gate += tl.load(BIAS + gates).to(tl.float32)[None, :]
-        up += tl.load(BIAS + ups).to(tl.float32)[None, :]
+    gate, up = _pair(
+        X, W, SQUARES, BIAS, rows, inside, gates, ups, eps, K, BM, BN, BK, PARTS, HAS_BIAS, LINES, PDL
+    )  # fmt: skip
     keep = inside[:, None] & (columns < N)[None, :]
     at = rows[:, None].to(tl.int64) * N + columns[None, :]
     tl.store(OUT + at, activate(gate, up, GELU).to(OUT.dtype.element_ty), mask=keep)
@@ -189,19 +202,9 @@ def _query_key_value_kernel(
     inside = rows < M
     first = head * SIZE + inner
     second = first + half
-    _prefetch(W, first, K, LINES)
-    _prefetch(W, second, K, LINES)
-    enter_kernel(PDL)
-    if PARTS > 0:
-        squares = _squares(SQUARES, rows, inside, PARTS)
-    one, two = _products(X, W, rows, inside, first, second, K, BM, BN, BK, True)
-    if PARTS > 0:
-        scale = tl.rsqrt(tl.sum(squares, 1) / K + eps)[:, None]
-        one *= scale
-        two *= scale
-    if HAS_BIAS:
-        one += tl.load(BIAS + first).to(tl.float32)[None, :]
-        two += tl.load(BIAS + second).to(tl.float32)[None, :]
+    one, two = _pair(
+        X, W, SQUARES, BIAS, rows, inside, first, second, eps, K, BM, BN, BK, PARTS, HAS_BIAS, LINES, PDL
+    )  # fmt: skip
     keep = inside[:, None]
     if head < HEADS + KEY_HEADS:
         at = tl.load(POSITIONS + rows, mask=inside, other=0)[:, None] * half + inner[None, :]
