@@ -13,8 +13,9 @@ formula yields the gradients of its part of the merged softmax, and those of the
 
 from __future__ import annotations
 
+import importlib.util
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -99,41 +100,71 @@ def unrolled_attention(
 class _Merged(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor, bounds: Tensor, longest: int, steps: int, *both: Tensor) -> Tensor:
-        keys, values = both[:steps], both[steps:]
+        q, keys, values = q.contiguous(), both[:steps], both[steps:]
         scale = q.shape[-1] ** -0.5
         out, lse, state = _causal_forward(q, keys[0], values[0], bounds, longest, scale)
         if steps > 1:
-            wide = lse.dtype
-            scores = torch.stack([_dot(q, k, scale, wide) for k in keys[1:]])  # [K, N, heads]
-            merged = torch.logsumexp(torch.cat([lse[None], scores]), 0)
-            total = out.to(wide) * torch.exp(lse - merged)[..., None]
-            for score, value in zip(scores, values[1:], strict=True):
-                total += torch.exp(score - merged)[..., None] * _spread(value, q).to(wide)
-            out, lse = total.to(q.dtype), merged
+            own = torch.stack(keys[1:]), torch.stack(values[1:])
+            out, lse = _own_keys(q)[0](q, out, lse, *own, scale)
+            both = keys[0], values[0], *own
         ctx.save_for_backward(q, bounds, out, lse, *state, *both)
-        ctx.longest, ctx.steps, ctx.extra = longest, steps, len(state)
+        ctx.longest, ctx.extra = longest, len(state)
         return out
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         grad = gradients[0].contiguous()
         q, bounds, out, lse, *rest = ctx.saved_tensors
-        state, both = rest[: ctx.extra], rest[ctx.extra :]
-        keys, values = both[: ctx.steps], both[ctx.steps :]
+        state, (key, value, *own) = rest[: ctx.extra], rest[ctx.extra :]
         scale = q.shape[-1] ** -0.5
-        dq, dk, dv = _causal_backward(grad, q, keys[0], values[0], out, lse, bounds, ctx.longest, scale, state)
-        dks, dvs = [dk], [dv]
-        wide = lse.dtype
-        if ctx.steps > 1:
-            delta = (grad.to(wide) * out.to(wide)).sum(-1)
-            dq = dq.to(wide)
-        for k, v in zip(keys[1:], values[1:], strict=True):
-            weight = torch.exp(_dot(q, k, scale, wide) - lse)  # [N, heads]
-            slope = weight * ((grad.to(wide) * _spread(v, q).to(wide)).sum(-1) - delta) * scale
-            dq += slope[..., None] * _spread(k, q).to(wide)
-            dks.append(_gather(slope[..., None] * q.to(wide), k))
-            dvs.append(_gather(weight[..., None] * grad.to(wide), v))
-        return (dq.to(q.dtype), None, None, None, *dks, *dvs)
+        dq, dk, dv = _causal_backward(grad, q, key, value, out, lse, bounds, ctx.longest, scale, state)
+        if not own:
+            return (dq, None, None, None, dk, dv)
+        dks, dvs = _own_keys(q)[1](grad, q, out, lse, *own, dq, scale)
+        return (dq, None, None, None, dk, *dks, dv, *dvs)
+
+
+def _own_keys(q: Tensor) -> tuple[Callable[..., tuple[Tensor, Tensor]], Callable[..., tuple[Tensor, Tensor]]]:
+    """`merge` and `slopes`, or the kernels that are the same (torch for CUDA comes with Triton, on Linux)."""
+    if not q.is_cuda or importlib.util.find_spec("triton") is None:
+        return merge, slopes
+    from outpace.drafters import unroll_fused
+
+    return unroll_fused.merge, unroll_fused.slopes
+
+
+def merge(q: Tensor, out: Tensor, lse: Tensor, keys: Tensor, values: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """The softmax over causal keys (out, lse) extended by each row's own keys: (out, lse) of the whole.
+
+    q, out: [N, heads, D]; lse: [N, heads]; keys, values: [K, N, key heads, D].
+    """
+    wide = lse.dtype
+    scores = torch.stack([_dot(q, k, scale, wide) for k in keys])  # [K, N, heads]
+    merged = torch.logsumexp(torch.cat([lse[None], scores]), 0)
+    total = out.to(wide) * torch.exp(lse - merged)[..., None]
+    for score, value in zip(scores, values, strict=True):
+        total += torch.exp(score - merged)[..., None] * _spread(value, q).to(wide)
+    return total.to(q.dtype), merged
+
+
+def slopes(
+    grad: Tensor, q: Tensor, out: Tensor, lse: Tensor, keys: Tensor, values: Tensor, dq: Tensor, scale: float
+) -> tuple[Tensor, Tensor]:
+    """Gradients of the rows' own keys and values, [K, N, key heads, D]; `dq` gets their part added.
+
+    grad, q, out, dq: [N, heads, D]; out, lse: of the whole softmax; keys, values as in `merge`.
+    """
+    wide = lse.dtype
+    delta = (grad.to(wide) * out.to(wide)).sum(-1)
+    total, dks, dvs = dq.to(wide), [], []
+    for k, v in zip(keys, values, strict=True):
+        weight = torch.exp(_dot(q, k, scale, wide) - lse)  # [N, heads]
+        slope = weight * ((grad.to(wide) * _spread(v, q).to(wide)).sum(-1) - delta) * scale
+        total = total + slope[..., None] * _spread(k, q).to(wide)
+        dks.append(_gather(slope[..., None] * q.to(wide), k))
+        dvs.append(_gather(weight[..., None] * grad.to(wide), v))
+    dq.copy_(total)
+    return torch.stack(dks), torch.stack(dvs)
 
 
 def _dot(q: Tensor, k: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
