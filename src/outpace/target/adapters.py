@@ -69,13 +69,17 @@ class GatedLoRA(nn.Module):
         names = tuple(n for n, m in model.named_modules() if isinstance(m, nn.Linear) and m is not head)
         return cls.for_layers(model, names, rank, alpha)
 
+    def tail(self, name: str) -> tuple[Tensor, Tensor, float]:
+        """Down projection [rank, in], up projection [out, rank] and scale of layer `name`."""
+        return self.down[_key(name)], self.up[_key(name)], self.scale
+
     def add(self, name: str, rows: Tensor, output: Tensor, start: int) -> Tensor:
         """Add the low-rank part of layer `name` to output rows `start` and later.
 
         rows: [B, N, in], what the layer read; output: [B, N, out], what it made of it, overwritten unless start is 0.
         """
-        down, up = self.down[_key(name)].to(rows.dtype), self.up[_key(name)].to(rows.dtype)
-        low = rows[:, start:] @ down.T @ up.T
+        down, up, _ = self.tail(name)
+        low = rows[:, start:] @ down.to(rows.dtype).T @ up.to(rows.dtype).T
         if start == 0:
             return torch.add(output, low, alpha=self.scale)
         output[:, start:].add_(low, alpha=self.scale)
@@ -104,24 +108,35 @@ class Gate:
             self.adapter, self.start = before
 
 
+def check_adapter(model: nn.Module, adapter: GatedLoRA) -> dict[str, nn.Linear]:
+    """The model's linear layers an adapter belongs to, by name.
+
+    Raises:
+        CheckpointError: if the adapter names a layer the model does not have, or of another shape.
+    """
+    modules = dict(model.named_modules())
+    found: dict[str, nn.Linear] = {}
+    for name in adapter.names:
+        module = modules.get(name)
+        down, up, _ = adapter.tail(name)
+        wanted = (up.shape[0], down.shape[1])
+        if not isinstance(module, nn.Linear) or (module.out_features, module.in_features) != wanted:
+            what = "nothing" if module is None else f"{type(module).__name__} of another shape"
+            raise CheckpointError(f"adapter expects a linear layer {name!r} of shape {wanted}, found {what}")
+        found[name] = module
+    return found
+
+
 def attach(model: nn.Module, adapter: GatedLoRA, gate: Gate) -> list[Any]:
     """Hook the adapter's tails onto the model's linear layers; returns the handles that take them off again.
 
     Raises:
         CheckpointError: if the adapter names a layer the model does not have, or of another shape.
     """
-    modules = dict(model.named_modules())
     handles: list[Any] = []
-    for name in adapter.names:
-        module = modules.get(name)
-        wanted = (adapter.up[_key(name)].shape[0], adapter.down[_key(name)].shape[1])
-        if not isinstance(module, nn.Linear) or (module.out_features, module.in_features) != wanted:
-            found = "nothing" if module is None else f"{type(module).__name__} of another shape"
-            for handle in handles:
-                handle.remove()
-            raise CheckpointError(f"adapter expects a linear layer {name!r} of shape {wanted}, found {found}")
+    for layer, module in check_adapter(model, adapter).items():
 
-        def hook(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor, name: str = name) -> Tensor:
+        def hook(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor, name: str = layer) -> Tensor:
             if gate.adapter is not adapter:
                 return output
             if output.dim() != 3:

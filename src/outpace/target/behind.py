@@ -21,7 +21,9 @@ from torch.nn import functional as F
 
 from outpace.errors import UnsupportedError
 from outpace.target import attention
+from outpace.target.adapters import check_adapter
 from outpace.target.families import cache_keyword, part
+from outpace.target.fast.wide import wide_pass
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -35,6 +37,7 @@ Kernel = Literal["dense", "flex"]
 
 FLEX: Final = "outpace_flex"
 _BLOCK: Final = 128
+_NO_MODULE: Final = torch.nn.Module()  # transformers' signature of attention wants one
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,15 +140,45 @@ def _run(
         )
     kernel = kernel or ("flex" if hidden.is_cuda else "dense")
     keys_at = positions if context is None else torch.cat([context.positions, positions], 1)
-    rotary = part(target.model, family.rotary)
     masks: dict[str, Any] = {}
-    angles: dict[str, Any] = {}
     for kind in sorted(set(target.layer_types)):
         window = target.window if kind == "sliding_attention" else None
         seen = sees if window is None else _within(sees, positions, keys_at, window)
         masks[kind] = _mask(seen, positions, keys_at, kernel, _groups(config))
-        angles[kind] = rotary(hidden, positions, kind) if family.rotary_by_type else rotary(hidden, positions)
     ledger = _Ledger(context)
+    wide = wide_pass(target, keys_at.shape[1])
+    if wide is not None:
+        if adapter is not None:
+            check_adapter(target.model, adapter)
+        run = flex_attention if kernel == "flex" else attention.grouped_attention
+
+        def attend(layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+            keys, values = ledger.update(key.transpose(1, 2), value.transpose(1, 2), layer)
+            mask = masks[target.layer_types[layer]]
+            return run(_NO_MODULE, query.transpose(1, 2), keys, values, mask, scaling=wide.plan.scaling)[0]
+
+        hidden = wide.run(hidden, positions, attend, adapter=adapter)
+    else:
+        hidden = _through_modules(target, hidden, positions, masks, ledger, adapter, kernel)
+    return Reading(ledger.keys, ledger.values, positions, part(target.model, family.norm)(hidden))
+
+
+def _through_modules(
+    target: Target,
+    hidden: Tensor,
+    positions: Tensor,
+    masks: dict[str, Any],
+    ledger: _Ledger,
+    adapter: GatedLoRA | None,
+    kernel: Kernel,
+) -> Tensor:
+    """All layers, as the model's own modules."""
+    family, config = target.family, target.config
+    assert family is not None  # refused before
+    rotary = part(target.model, family.rotary)
+    angles = {
+        kind: rotary(hidden, positions, kind) if family.rotary_by_type else rotary(hidden, positions) for kind in masks
+    }
     name = FLEX if kernel == "flex" else attention.NAME
     with ExitStack() as stack:
         if adapter is not None:
@@ -161,7 +194,7 @@ def _run(
                 **{cache_keyword(layer): ledger},
                 use_cache=True,
             )
-    return Reading(ledger.keys, ledger.values, positions, part(target.model, family.norm)(hidden))
+    return hidden
 
 
 def _groups(config: Any) -> int:

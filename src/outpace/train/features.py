@@ -22,6 +22,7 @@ from torch.nn import functional as F
 
 from outpace.errors import ConfigError, UnsupportedError
 from outpace.target.families import part
+from outpace.target.fast.wide import WidePass, wide_pass
 from outpace.target.taps import check_taps
 
 if TYPE_CHECKING:
@@ -49,16 +50,53 @@ def read_taps(batch: Batch, taps: Collection[str]) -> dict[str, Tensor]:
         return {}
     if target.family is None:
         return _by_forward(batch, wanted)
-    model, config = target.model, target.config
-    positions, hidden = batch.positions, target.embed(batch.tokens)
-    rotary, layers = part(model, target.family.rotary), part(model, target.family.layers)
-    spans = _Spans(batch)
+    hidden = target.embed(batch.tokens)
     found = {"embed": hidden} if "embed" in wanted else {}
+    wide = wide_pass(target, batch.shape[1])
+    if wide is not None:
+        hidden = _through_wide(wide, batch, hidden, wanted, found)
+    else:
+        hidden = _through_modules(batch, hidden, wanted, found)
+    if "pre_norm" in wanted:
+        found["pre_norm"] = hidden
+    if "post_norm" in wanted:
+        found["post_norm"] = part(target.model, target.family.norm)(hidden)
+    return found
+
+
+def _through_wide(
+    wide: WidePass, batch: Batch, hidden: Tensor, wanted: Collection[str], found: dict[str, Tensor]
+) -> Tensor:
+    """All layers through joined weights, compiled where rows are many."""
+    plan = wide.plan
+
+    def visit(layer: int, state: Tensor) -> None:
+        for name in (f"in:{layer}", f"out:{layer - 1}"):
+            if name in wanted:
+                found[name] = state
+
+    def attend(layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        window = plan.window if plan.layers[layer].kind == "sliding_attention" else None
+        q, k, v = (x.flatten(0, 1) for x in (query, key, value))
+        return _attended(q, k, v, batch, plan.scaling, window).view(query.shape)
+
+    hidden = wide.run(hidden, batch.positions, attend, visit=visit)
+    visit(len(plan.layers), hidden)
+    return hidden
+
+
+def _through_modules(batch: Batch, hidden: Tensor, wanted: Collection[str], found: dict[str, Tensor]) -> Tensor:
+    """All layers, as the model's own modules."""
+    target, positions = batch.target, batch.positions
+    model, family = target.model, target.family
+    assert family is not None  # handled before
+    rotary, layers = part(model, family.rotary), part(model, family.layers)
+    spans = _Spans(batch)
     angles = {
-        kind: rotary(hidden, positions, kind) if target.family.rotary_by_type else rotary(hidden, positions)
+        kind: rotary(hidden, positions, kind) if family.rotary_by_type else rotary(hidden, positions)
         for kind in set(target.layer_types)
     }
-    with _attending(config):
+    with _attending(target.config):
         for number, layer in enumerate(layers):
             if f"in:{number}" in wanted:
                 found[f"in:{number}"] = hidden
@@ -73,11 +111,7 @@ def read_taps(batch: Batch, taps: Collection[str]) -> dict[str, Tensor]:
             )
             if f"out:{number}" in wanted:
                 found[f"out:{number}"] = hidden
-    if "pre_norm" in wanted:
-        found["pre_norm"] = hidden
-    if "post_norm" in wanted:
-        found["post_norm"] = part(model, target.family.norm)(hidden)
-    return found
+    return hidden
 
 
 @dataclass
@@ -107,18 +141,22 @@ def packed_attention(
     if softcap is not None:
         raise UnsupportedError("this model soft-caps its attention scores, which packed rows do not do yet")
     batch, window = attention_mask.batch, attention_mask.window
-    flat = [x.transpose(1, 2).flatten(0, 1) for x in (query, key, value)]  # [B * T, heads, D]
+    q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (query, key, value))  # [B * T, heads, D]
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
-    if query.is_cuda and query.dtype in (torch.bfloat16, torch.float16):
-        left = {} if window is None else {"window_size_left": window - 1, "window_size_right": 0}
-        out = torch.ops.aten._flash_attention_forward(
-            *(x.contiguous() for x in flat), batch.bounds, batch.bounds, batch.longest, batch.longest, 0.0, True, False,
-            scale=scale, **left,
-        )[0]  # fmt: skip
-    else:
-        q, k, v = flat
-        out = torch.cat([_one(q[a:b], k[a:b], v[a:b], scale, window) for a, b in _spans(batch)])
+    out = _attended(q, k, v, batch, scale, window)
     return out.view(query.shape[0], query.shape[2], query.shape[1], value.shape[-1]), None
+
+
+def _attended(q: Tensor, k: Tensor, v: Tensor, batch: Batch, scale: float, window: int | None) -> Tensor:
+    """Causal attention inside documents over flattened rows: [N, heads, D]."""
+    if q.is_cuda and q.dtype in (torch.bfloat16, torch.float16):
+        left = {} if window is None else {"window_size_left": window - 1, "window_size_right": 0}
+        out: Tensor = torch.ops.aten._flash_attention_forward(
+            q.contiguous(), k.contiguous(), v.contiguous(), batch.bounds, batch.bounds, batch.longest, batch.longest,
+            0.0, True, False, scale=scale, **left,
+        )[0]  # fmt: skip
+        return out
+    return torch.cat([_one(q[a:b], k[a:b], v[a:b], scale, window) for a, b in _spans(batch)])
 
 
 def _one(q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None) -> Tensor:

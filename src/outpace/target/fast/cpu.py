@@ -17,7 +17,8 @@ from torch.nn import functional as F
 from outpace.errors import UnsupportedError
 from outpace.target.attention import grouped_attention, tile
 from outpace.target.block import Block, Readout
-from outpace.target.fast.plan import LayerPlan, Plan, Projection, joined_names, make_plan
+from outpace.target.fast.layer import heads, norm, rest
+from outpace.target.fast.plan import Plan, Projection, joined_names, make_plan
 from outpace.target.masks import additive_mask, block_visibility
 
 if TYPE_CHECKING:
@@ -93,7 +94,7 @@ class CpuPass:
         wants_scouts = scouts is not None and scouts.logits
         if not logits and not wants_scouts and "post_norm" not in taps:
             return Readout(None, None, found)
-        normed = self._norm(hidden, plan.norm)
+        normed = norm(hidden, plan.norm, plan.eps, plan.norm_shift)
         if "post_norm" in taps:
             found["post_norm"] = normed
         if logits and wants_scouts:  # one product reads the head once; sliced, each would also take a slower kernel
@@ -115,49 +116,15 @@ class CpuPass:
         adapter: GatedLoRA | None,
         main: int,
     ) -> Tensor:
-        plan = self.plan
-        layer, names = plan.layers[index], self.names[index]
-        batch, rows, _ = hidden.shape
-        normed = hidden if layer.norm_attention is None else self._norm(hidden, layer.norm_attention)
-        joined = _adapted(normed, layer.qkv, names["qkv"], adapter, main)
-        heads, key_heads, size = plan.heads, plan.key_heads, plan.head_size
-        joined = self._head_norms(joined, layer).view(batch, rows, heads + 2 * key_heads, size)
-        turned = _rotate(joined[:, :, : heads + key_heads], *angles).transpose(1, 2)
-        keys, values = cache.update(turned[:, heads:], joined[:, :, heads + key_heads :].transpose(1, 2), index)
-        attended, _ = grouped_attention(_NO_MODULE, turned[:, :heads], keys, values, mask, scaling=plan.scaling)
-        added = _adapted(attended.reshape(batch, rows, -1), layer.out, names["out"], adapter, main)
-        if layer.norm_attention_out is not None:
-            added = self._norm(added, layer.norm_attention_out)
-        hidden = hidden + added
-        normed = hidden if layer.norm_mlp is None else self._norm(hidden, layer.norm_mlp)
-        gate, up = _adapted(normed, layer.gate_up, names["gate_up"], adapter, main).chunk(2, -1)
-        inner = F.silu(gate) if plan.activation == "silu" else F.gelu(gate, approximate="tanh")
-        added = _adapted(inner * up, layer.down, names["down"], adapter, main)
-        if layer.norm_mlp_out is not None:
-            added = self._norm(added, layer.norm_mlp_out)
-        return hidden + added
+        plan, layer, names = self.plan, self.plan.layers[index], self.names[index]
 
-    def _norm(self, x: Tensor, gamma: Tensor) -> Tensor:
-        """RMS norm of the last dimension, in float32 as the models do it."""
-        wide = x.float()
-        scaled = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.plan.eps)
-        if self.plan.norm_shift:
-            return (scaled * (gamma.to(wide.dtype) + self.plan.norm_shift)).to(x.dtype)
-        return scaled.to(x.dtype) * gamma
+        def project(part: str, x: Tensor) -> Tensor:
+            return _adapted(x, getattr(layer, part), names[part], adapter, main)
 
-    def _head_norms(self, joined: Tensor, layer: LayerPlan) -> Tensor:
-        plan = self.plan
-        if layer.norm_query is None or layer.norm_key is None:
-            return joined
-        at = plan.heads * plan.head_size
-        end = at + plan.key_heads * plan.head_size
-        query, key = joined[..., :at], joined[..., at:end]
-        if plan.query_key_norm == "head":
-            query, key = (x.reshape(*x.shape[:-1], -1, plan.head_size) for x in (query, key))
-        query, key = self._norm(query, layer.norm_query), self._norm(key, layer.norm_key)
-        return torch.cat(
-            [query.reshape(*joined.shape[:-1], -1), key.reshape(*joined.shape[:-1], -1), joined[..., end:]], -1
-        )
+        query, key, value = (x.transpose(1, 2) for x in heads(plan, layer, hidden, *angles, project))
+        keys, values = cache.update(key, value, index)
+        attended, _ = grouped_attention(_NO_MODULE, query, keys, values, mask, scaling=plan.scaling)
+        return rest(plan, layer, hidden, attended.flatten(2), project)
 
 
 def _linear(x: Tensor, projection: Projection) -> Tensor:
@@ -173,14 +140,4 @@ def _adapted(x: Tensor, projection: Projection, names: Joined, adapter: GatedLoR
             if name in adapter.names:
                 adapter.add(name, x, out[..., at : at + width], main)
             at += width
-    return out
-
-
-def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary embedding of [B, R, heads, size] by angles [B, R, 1, size / 2]."""
-    one, two = x.chunk(2, -1)
-    out = torch.empty(x.shape, dtype=x.dtype)
-    first, second = out.chunk(2, -1)
-    torch.sub(one * cos, two * sin, out=first)
-    torch.add(two * cos, one * sin, out=second)
     return out

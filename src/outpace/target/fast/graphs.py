@@ -106,12 +106,13 @@ class FastPass:
         if torch.cuda.get_device_capability(target.device)[0] < 8:
             raise UnsupportedError("fast kernels need compute capability 8.0 or later")
         self.plan: Plan = make_plan(target)
+        self.names = joined_names(target)
         self.capture = Capture()
         self.pool = torch.cuda.graph_pool_handle()
         self._anchor = Captured(lambda: torch.zeros(1, device=target.device), self.pool)  # a pool lives by its graphs
         self.positions_limit = next(iter(self.plan.rotary.values()))[0].shape[0]
         self._forward = Forward(
-            self.plan, target.model.get_input_embeddings(), joined_names(target), dependent_launch(target.device)
+            self.plan, target.model.get_input_embeddings(), self.names, dependent_launch(target.device)
         )
         self._inputs: dict[tuple[int, int, int, bool], Inputs] = {}
         self._graphs: WeakKeyDictionary[BlockCache, dict[Any, Captured]] = WeakKeyDictionary()
