@@ -120,14 +120,12 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(width, shape.key_heads * shape.head_size, bias=False)
         self.o_proj = nn.Linear(shape.heads * shape.head_size, shape.hidden, bias=False)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, layer: int, attend: Attend) -> Tensor:
-        """[B, R, width] -> [B, R, H]."""
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """[B, R, width] -> q [B, R, heads, D], k and v [B, R, key heads, D]; `o_proj` is the caller's to apply."""
         rows = x.shape[:2]
         q = rotate(self.q_proj(x).view(*rows, self.heads, self.head_size), cos, sin)
         k = rotate(self.k_proj(x).view(*rows, self.key_heads, self.head_size), cos, sin)
-        v = self.v_proj(x).view(*rows, self.key_heads, self.head_size)
-        out: Tensor = self.o_proj(attend(layer, q, k, v).reshape(*rows, self.heads * self.head_size))
-        return out
+        return q, k, self.v_proj(x).view(*rows, self.key_heads, self.head_size)
 
 
 class Block(nn.Module):
@@ -145,10 +143,32 @@ class Block(nn.Module):
     ) -> Tensor:
         """X [B, R, width]; residual [B, R, H] where it differs from x. Returns [B, R, H]."""
         residual = x if residual is None else residual
+        return self.rest(residual, attend(layer, *self.before(x, cos, sin)))
+
+    def before(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Up to attention."""
         x = self.input_layernorm(x) if self.input_layernorm is not None else x
-        x = residual + self.self_attn(x, cos, sin, layer, attend)
-        out: Tensor = x + self.mlp(self.post_attention_layernorm(x))
-        return out
+        found: tuple[Tensor, Tensor, Tensor] = self.self_attn(x, cos, sin)
+        return found
+
+    def rest(self, residual: Tensor, attended: Tensor) -> Tensor:
+        """Behind attention."""
+        return finish(residual, attended, self.self_attn, self.post_attention_layernorm, self.mlp)
+
+
+def finish(residual: Tensor, attended: Tensor, attention: Attention, norm: RMSNorm, mlp: MLP) -> Tensor:
+    """What a block does behind attention: residual [B, R, H], attended [B, R, heads, D] -> [B, R, H]."""
+    x = residual + attention.o_proj(attended.flatten(2))
+    out: Tensor = x + mlp(norm(x))
+    return out
+
+
+def compile_halves(module: nn.Module) -> None:
+    """Compile what stands before and behind attention in every block: eager, training is bound by such small steps."""
+    for block in module.modules():
+        for half in ("before", "rest"):
+            if hasattr(block, half):
+                setattr(block, half, torch.compile(getattr(block, half), dynamic=False))
 
 
 def initialise(module: nn.Module, *, std: float = 0.02) -> None:

@@ -20,7 +20,9 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import nn
 
+from outpace.drafters.layers import compile_halves
 from outpace.errors import ConfigError
+from outpace.target.fast.wide import COMPILED_ROWS
 from outpace.train.evaluate import decode, replay
 from outpace.train.features import Ring, read_taps
 from outpace.train.packing import Packing
@@ -189,6 +191,8 @@ class Trainer:
         drafter.prepare(corpus.answer_counts(target.vocabulary), target)
         drafter.initialise(target, seed=self.settings.seed)
         self.objective = _Objective(drafter)
+        if target.device.type == "cuda" and self.recipe.rows * self.recipe.row_length >= COMPILED_ROWS:
+            compile_halves(drafter.module)
         self._model = self.ranks.wrap(self.objective, self.settings.parallel)
         self.optimizer = self._make_optimizer()
         self.ring = Ring(self.out / "features", int(self.settings.ring_gib * 2**30)) if self.settings.ring_gib else None

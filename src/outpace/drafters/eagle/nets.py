@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from outpace.drafters.heads import DraftHead, HeadKind
-from outpace.drafters.layers import MLP, Attention, Block, RMSNorm, Rotary, Shape, copy_norm, initialise
+from outpace.drafters.layers import MLP, Attention, Block, RMSNorm, Rotary, Shape, copy_norm, finish, initialise
 from outpace.drafters.rows import RowNet
 
 if TYPE_CHECKING:
@@ -77,12 +77,20 @@ class FirstLayer(nn.Module):
 
     def forward(self, embedded: Tensor, hidden: Tensor, cos: Tensor, sin: Tensor, attend: Attend) -> Tensor:
         """embedded, hidden [B, R, H] -> [B, R, H]."""
+        q, k, v, residual = self.before(embedded, hidden, cos, sin)
+        return self.rest(residual, attend(0, q, k, v))
+
+    def before(
+        self, embedded: Tensor, hidden: Tensor, cos: Tensor, sin: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Up to attention: q, k, v and the residual."""
         normed = self.hidden_norm(hidden)
         both = torch.cat([self.input_layernorm(embedded).to(normed.dtype), normed], -1)
-        residual = normed if self.norm_before_residual else hidden
-        x = residual + self.self_attn(both, cos, sin, 0, attend)
-        out: Tensor = x + self.mlp(self.post_attention_layernorm(x))
-        return out
+        return *self.self_attn(both, cos, sin), normed if self.norm_before_residual else hidden
+
+    def rest(self, residual: Tensor, attended: Tensor) -> Tensor:
+        """Behind attention."""
+        return finish(residual, attended, self.self_attn, self.post_attention_layernorm, self.mlp)
 
 
 class FusedNet(RowNet):
