@@ -10,6 +10,7 @@ from drafters.learned import DIALOGUES
 from outpace import Engine
 from outpace.drafters.eagle import Eagle3
 from outpace.drafters.heads import DraftHead
+from outpace.drafters.layers import compile_halves
 from outpace.drafters.losses import Teacher, head_loss, row_losses
 from outpace.drafters.medusa import Medusa
 from outpace.drafters.mtp import MTP, MTPHeads
@@ -166,3 +167,39 @@ def test_documents_longer_than_a_kernels_block(target):
         losses = drafter.objective(batch)
     losses.total.backward()
     assert all(torch.isfinite(p.grad).all() for p in drafter.module.parameters())
+
+
+def large_batch(target, shifts=()):
+    """8192 rows: what is large enough to be compiled."""
+    rows = [[Document([5 + (7 * i + 13 * b) % 4000 for i in range(400)], 100) for _ in range(5)] for b in range(4)]
+    return assemble(rows, 2048, target, shifts=shifts)
+
+
+def close(ours, wanted, share):
+    scale = float(wanted.abs().max())
+    torch.testing.assert_close(ours.float() / scale, wanted.float() / scale, atol=share, rtol=0)
+
+
+def test_compiled_features_are_the_modules(target):
+    taps = ("in:1", "pre_norm", "post_norm")
+    ours = read_taps(large_batch(target), taps)
+    wanted = read_taps(large_batch(target.through("readable")), taps)
+    for tap in taps:
+        close(ours[tap], wanted[tap], 3e-2)
+
+
+def test_compiled_blocks_have_the_gradients_of_eager_ones(target):
+    found = []
+    for compiled in (False, True):
+        drafter = MAKERS["eagle3"]()
+        drafter.initialise(target)
+        if compiled:
+            compile_halves(drafter.module)
+        batch = large_batch(target, drafter.shifts)
+        batch.taps = read_taps(batch, drafter.training_taps)
+        with torch.autocast("cuda", torch.bfloat16):
+            total = drafter.objective(batch).total
+        total.backward()
+        found.append([total.detach(), *(p.grad for p in drafter.module.parameters())])
+    for ours, wanted in zip(*found, strict=True):
+        close(ours, wanted, 5e-2)
