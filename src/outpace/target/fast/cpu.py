@@ -12,7 +12,6 @@ from collections.abc import Collection
 from typing import TYPE_CHECKING
 
 import torch
-from torch.nn import functional as F
 
 from outpace.errors import UnsupportedError
 from outpace.target.attention import grouped_attention, tile
@@ -20,6 +19,7 @@ from outpace.target.block import Block, Readout
 from outpace.target.fast.layer import heads, norm, rest
 from outpace.target.fast.plan import Plan, Projection, joined_names, make_plan
 from outpace.target.masks import additive_mask, block_visibility
+from outpace.target.skinny import linear
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -128,7 +128,7 @@ class CpuPass:
 
 
 def _linear(x: Tensor, projection: Projection) -> Tensor:
-    return F.linear(x, projection.weight, projection.bias)
+    return linear(x, projection.weight, projection.bias)
 
 
 def _adapted(x: Tensor, projection: Projection, names: Joined, adapter: GatedLoRA | None, main: int) -> Tensor:
