@@ -52,14 +52,27 @@ def tensors(value):
     return []
 
 
-def seen_entries(inputs, capacity):
-    """[B, N, capacity] bool: which cache entries each row of a pass sees."""
-    batch, rows = inputs.batch, inputs.rows
-    entry = torch.arange(capacity)
-    at = (entry - inputs.lengths[:, None])[:, None].expand(-1, rows, -1)
-    word = inputs.bits.view(batch, rows, -1).gather(2, (at >> 5).clamp(0, inputs.bits.shape[1] - 1))
-    own = ((word >> (at & 31).int()) & 1).bool() & (at >= 0) & (at < rows)
+def seen_entries(lengths, rows, span, bits, capacity):
+    """[B, R, capacity] bool: which cache entries each row sees; bits: of `span` entries behind the length, or None."""
+    batch = lengths.shape[0]
+    at = (torch.arange(capacity) - lengths[:, None])[:, None].expand(-1, rows, -1)
+    if bits is None:
+        return at <= torch.arange(rows)[:, None]
+    word = bits.view(batch, rows, -1).gather(2, (at >> 5).clamp(0, bits.shape[1] - 1))
+    own = ((word >> (at & 31).int()) & 1).bool() & (at >= 0) & (at < span)
     return (at < 0) | own
+
+
+def plain_attention(query, keys, values, *, lengths, slots, bits, scaling, span=None, **_):
+    """`tree_attention` in torch, for rounds that need not test it."""
+    batch, heads, size = lengths.shape[0], query.shape[1], query.shape[2]
+    rows = query.shape[0] // batch
+    sees = seen_entries(lengths, rows, span or rows, bits, keys.shape[2])[:, None]
+    keys, values = (t[slots].repeat_interleave(heads // t.shape[1], 1) for t in (keys, values))
+    out = torch.nn.functional.scaled_dot_product_attention(
+        query.view(batch, rows, heads, size).transpose(1, 2), keys, values, attn_mask=sees, scale=scaling
+    )
+    return out.transpose(1, 2).reshape(batch * rows, heads, size).contiguous()
 
 
 class PlainForward:
@@ -75,7 +88,6 @@ class PlainForward:
         batch, rows = inputs.batch, inputs.rows
         heads, key_heads, size = plan.heads, plan.key_heads, plan.head_size
         cos, sin = (t[inputs.positions].view(batch, rows, 1, -1) for t in plan.rotary["full_attention"])
-        sees = seen_entries(inputs, cache[0][0].shape[2])[:, None]
         entry = inputs.lengths[:, None] + torch.arange(rows)
         hidden = self.embed(inputs.tokens)
 
@@ -92,11 +104,11 @@ class PlainForward:
                 cache[layer], (turned[:, :, heads:], joined[:, :, heads + key_heads :]), strict=True
             ):
                 tensor[inputs.slots[:, None], :, entry] = new
-            keys, values = (t[inputs.slots].repeat_interleave(heads // key_heads, 1) for t in cache[layer])
-            out = torch.nn.functional.scaled_dot_product_attention(
-                turned[:, :, :heads].transpose(1, 2), keys, values, attn_mask=sees, scale=plan.scaling
+            query = turned[:, :, :heads].reshape(batch * rows, heads, size)
+            out = plain_attention(
+                query, *cache[layer], lengths=inputs.lengths, slots=inputs.slots, bits=inputs.bits, scaling=plan.scaling
             )
-            hidden = hidden + out.transpose(1, 2).reshape(batch, rows, -1) @ one.out.weight.T
+            hidden = hidden + out.view(batch, rows, -1) @ one.out.weight.T
             gate, up = (norm(hidden, one.norm_mlp) @ one.gate_up.weight.T).chunk(2, -1)
             hidden = hidden + (torch.nn.functional.silu(gate) * up) @ one.down.weight.T
         found["pre_norm"] = hidden
@@ -144,7 +156,10 @@ class Mark:
 
 def uncaptured_target(monkeypatch, **changes):
     """A tiny target whose rounds take the loop of `engine.device`."""
+    from outpace.drafters.device import fused
+
     monkeypatch.setattr(torch.cuda, "Event", Mark)
+    monkeypatch.setattr(fused, "tree_attention", plain_attention)
     target = Target(make_model(**{"num_hidden_layers": 2, **changes}))
     target._fast.made = Uncaptured(target)
     return target

@@ -12,6 +12,8 @@ if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("needs TRITON_INTERPRET=1 before Triton is imported (tests/conftest.py)", allow_module_level=True)
 
 from outpace import Engine
+from outpace.drafters.device import fused
+from outpace.drafters.device.following import FollowingDraft
 from outpace.drafters.eagle import Eagle, Eagle2, Eagle3
 from outpace.drafters.medusa import Medusa
 from outpace.drafters.mtp import MTP, MTPHeads
@@ -28,6 +30,12 @@ MAKERS = {
     "mtp_heads": lambda: MTPHeads(heads=2, nodes=5, vocabulary=30),
     "medusa": lambda: Medusa(heads=2, nodes=5, vocabulary=30),
 }  # fmt: skip
+
+
+@pytest.fixture
+def _unfused(monkeypatch):
+    """Drafts by the functions of `growth`: the interpreter takes long over fused kernels."""
+    monkeypatch.setattr(fused, "device_draft", FollowingDraft)
 
 
 def awake(drafter, target):
@@ -76,11 +84,15 @@ def host_trees(drafter):
     return found
 
 
-@pytest.mark.parametrize("temperature", [0.0, 0.8])
-@pytest.mark.parametrize("name", MAKERS)
-def test_the_text_is_that_of_plain_decoding_and_the_drafts_are_those_of_propose(name, temperature, monkeypatch):
+@pytest.mark.parametrize(
+    ("name", "temperature", "fuses"),
+    [*((name, heat, False) for name in MAKERS for heat in (0.0, 0.8)), ("eagle3", 0.8, True), ("mtp", 0.0, True)],
+)
+def test_the_text_is_that_of_plain_decoding_and_the_drafts_are_those_of_propose(name, temperature, fuses, monkeypatch):
+    if not fuses:
+        monkeypatch.setattr(fused, "device_draft", FollowingDraft)
     target = uncaptured_target(monkeypatch)
-    options = {"max_new_tokens": 14, "temperature": temperature, "seed": 5, "ignore_eos": True}
+    options = {"max_new_tokens": 10, "temperature": temperature, "seed": 5, "ignore_eos": True}
     prompts = [PROMPTS[0], PROMPTS[3]]
     wanted = Engine(target, path="readable").generate(prompts, **options)
     drafter = awake(MAKERS[name](), target)
@@ -94,7 +106,7 @@ def test_the_text_is_that_of_plain_decoding_and_the_drafts_are_those_of_propose(
     outputs = engine.generate(prompts, **options)
     assert [o.tokens for o in outputs] == [o.tokens for o in wanted]
     shared = found.keys() & said.keys()
-    assert len(shared) >= 8
+    assert len(shared) >= 6
     assert {key: found[key] for key in shared} == {key: said[key] for key in shared}
     for ours, theirs in zip(outputs, read, strict=True):
         assert ours.rounds_detail == theirs.rounds_detail
@@ -102,6 +114,7 @@ def test_the_text_is_that_of_plain_decoding_and_the_drafts_are_those_of_propose(
         assert ours.stats.reached == theirs.stats.reached
 
 
+@pytest.mark.usefixtures("_unfused")
 @pytest.mark.parametrize("name", ["eagle3", "medusa"])
 def test_requests_join_leave_and_stand_down(name, monkeypatch):
     """Seats move, rounds launched ahead are thrown away, drafts pause: what is owed is never lost nor read twice."""
@@ -146,6 +159,7 @@ def test_requests_join_leave_and_stand_down(name, monkeypatch):
     assert {key: found[key] for key in shared} == {key: said[key] for key in shared}
 
 
+@pytest.mark.usefixtures("_unfused")
 def test_steady_state_captures_nothing_and_settings_may_change(monkeypatch):
     target = uncaptured_target(monkeypatch)
     drafter = awake(MAKERS["eagle3"](), target)
@@ -159,6 +173,7 @@ def test_steady_state_captures_nothing_and_settings_may_change(monkeypatch):
     assert target.fast.capture.graphs == seen
 
 
+@pytest.mark.usefixtures("_unfused")
 def test_no_room_for_a_draft_is_an_error_that_names_the_shape_and_leaves_the_engine_usable(monkeypatch):
     from outpace.errors import OutOfMemoryError
 

@@ -110,9 +110,9 @@ class FollowingDrafter(LearnedDrafter):
     def device_draft(self) -> DeviceDraft:
         """The same drafts in captured rounds."""
         if self._device is None:
-            from outpace.drafters.device.following import FollowingDraft
+            from outpace.drafters.device.fused import device_draft
 
-            self._device = FollowingDraft(self)
+            self._device = device_draft(self)
         return self._device
 
     def start(self, context: Context, request: RequestContext, taps: Mapping[str, Tensor]) -> None:
