@@ -149,3 +149,12 @@ def test_joining_weights_leaves_the_module_what_it_was():
     assert plan.blocks[0].qkv.weight.data_ptr() == drafter.module.midlayer.self_attn.q_proj.weight.data_ptr()
     assert drafter.module.fused_plan().blocks[0].qkv.weight.data_ptr() == plan.blocks[0].qkv.weight.data_ptr()
     assert target().hidden_size * 2 == plan.blocks[0].qkv.weight.shape[1]
+
+
+def test_a_module_that_was_moved_is_planned_anew():
+    drafter = fresh(Eagle3())
+    draft = drafter.device_draft()
+    assert drafter.device_draft() is draft
+    drafter.module.double().float()
+    assert drafter.device_draft() is not draft
+    assert drafter.device_draft() is drafter.device_draft()

@@ -109,7 +109,7 @@ class FollowingDrafter(LearnedDrafter):
 
     def device_draft(self) -> DeviceDraft:
         """The same drafts in captured rounds."""
-        if self._device is None:
+        if self._device is None or not self._device.holds():
             from outpace.drafters.device.fused import device_draft
 
             self._device = device_draft(self)

@@ -50,6 +50,10 @@ class FollowingDraft(DeviceDraft):
         self._requests: list[RequestContext] = []
         self._unread: list[list[int]] | None = None
 
+    def holds(self) -> bool:
+        """Whether what was captured can still be replayed."""
+        return True
+
     def owed(self, batch: int) -> Owed:
         """The static tensors of a batch."""
         if batch not in self._owed:

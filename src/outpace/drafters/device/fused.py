@@ -29,7 +29,6 @@ from outpace.target.fast.tree_attention import Workspace, splits_for, tree_atten
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from outpace.drafters.base import Context
     from outpace.drafters.device.contract import DraftKey
     from outpace.drafters.device.plan import BlockPlan, RowPlan
     from outpace.drafters.follower import FollowingDrafter
@@ -100,6 +99,7 @@ class FusedDraft(FollowingDraft):
             cos, sin = net.rotary(positions[None])
             self.rotary = tuple(t[0, :, 0, :half].to(target.dtype).contiguous() for t in (cos, sin))
             self.slots = torch.arange(_MOST_ROWS, device=self.device)
+        self._first = next(net.parameters()).data_ptr()
         self._ready: dict[int, Ready] = {}
 
     def fused(self, batch: int) -> bool:
@@ -148,14 +148,9 @@ class FusedDraft(FollowingDraft):
             num_warps=4,
         )  # fmt: skip
 
-    def join(self, context: Context, batch: int) -> None:
-        """See `DeviceDraft`; weights that were moved since are joined anew, and what was captured is stale."""
-        made = self.drafter.module.fused_plan()
-        assert made is not None  # it had one
-        if made.blocks[0].qkv.weight.data_ptr() != self.plan.blocks[0].qkv.weight.data_ptr():
-            self.drafter.cache.generation += 1
-        self.plan = made
-        super().join(context, batch)
+    def holds(self) -> bool:
+        """Whether the weights are where the plan left them (they are not after `module.to(...)`)."""
+        return next(self.drafter.module.parameters()).data_ptr() == self._first
 
     def draft(self, key: DraftKey, batch: int, draws: Draws | None, *, warm: bool = False) -> tuple[Tensor, Tensor]:
         """See `DeviceDraft`."""
@@ -235,7 +230,8 @@ class _Run:
         tokens, parents = self.longs(batch, tree.width), self.longs(batch, tree.width)
         kernels.keep_kernel[(batch,)](
             self.tokens, self.parents, self.values, self.at, torch.empty_like(self.parents), tokens, parents,
-            tree.born, tree.width, BLOCK=triton.next_power_of_2(tree.born), STEP=_STEP, num_warps=4, **self.early(),
+            tree.born, tree.width, BLOCK=triton.next_power_of_2(tree.born), STEP=_STEP,
+            num_warps=4 if tree.born <= 128 else 8, **self.early(),
         )  # fmt: skip
         return tokens, parents
 
