@@ -3,9 +3,12 @@
     python benchmarks/roofline.py                          # every section
     python benchmarks/roofline.py --section pass --model 8b
     python benchmarks/roofline.py --section tiles          # which tile sizes suit this GPU (slow: compiles hundreds)
+    python benchmarks/roofline.py --section round --model 135m,8b
+    python benchmarks/roofline.py --section round --model smollm2 --drafters 'FOLDER;suffix'
 
 Sections: `pass` (milliseconds of a pass by rows and context, fast and through the model's modules), `decode` (tokens
-per second of plain decoding beside transformers.generate, real text), `batch` (tokens per second by batch), `tiles`.
+per second of plain decoding beside transformers.generate, real text), `batch` (tokens per second by batch), `round`
+(the parts of a drafted round: draft, pass, walk, host; random weights for the shapes), `tiles`.
 The 8B shape has random weights: what its passes cost does not depend on their values.
 """
 
@@ -26,6 +29,9 @@ import torch
 import transformers
 
 from outpace import Engine
+from outpace.drafters import make_drafter
+from outpace.engine import Timing
+from outpace.errors import CheckpointError
 from outpace.laws import Tree
 from outpace.target import Block, Target
 
@@ -294,12 +300,57 @@ def batches(name: str, target: Target, rate: float, sizes: tuple[int, ...] = (1,
     return rows
 
 
+DRAFTED = (
+    "eagle3:draft_len=4,branches=1,nodes=4,vocabulary=16384", "eagle3:draft_len=5,branches=4,nodes=15,vocabulary=8192",
+    "eagle3:draft_len=6,branches=8,nodes=31,vocabulary=16384", "eagle2:draft_len=5,branches=4,nodes=15",
+    "mtp:draft_len=5,branches=4,nodes=15,vocabulary=16384", "medusa:heads=4,nodes=15,vocabulary=16384",
+)  # fmt: skip
+
+
+def fitted(spec: str, target: Target) -> Any:
+    """A drafter for a target: its trained weights where there are some, else random ones."""
+    drafter: Any = make_drafter(spec)
+    try:
+        drafter.fit(target)
+    except CheckpointError:
+        drafter.initialise(target)
+        drafter = drafter.for_decoding()
+    return drafter
+
+
+def round_parts(name: str, target: Target, specs: list[str], new: int = 200) -> list[dict[str, Any]]:
+    """Milliseconds of the parts of a round, per drafter (and for plain decoding), temperature and batch.
+
+    draft_ms, pass_ms, walk_ms: on the device, by events. round_ms: wall clock over rounds. host_ms: what is left of it.
+    """
+    rows = []
+    prompt = [(7 * j) % 1000 + 100 for j in range(512)]
+    for spec in ["plain", *specs]:
+        engine = Engine(target, None if spec == "plain" else fitted(spec, target), stand_down=False)
+        for temperature, batch in ((0.0, 1), (0.8, 1), (0.8, 4)):
+            options = {"max_new_tokens": new, "temperature": temperature, "ignore_eos": True}
+            engine.generate([prompt] * batch, **options)  # captures
+            graphs = target.captured.capture.graphs
+            engine.timing = timing = Timing()
+            outputs = engine.generate([prompt] * batch, **options)
+            wall = statistics.median(o.stats.decode_ms for o in outputs) / timing.rounds
+            parts = {part: getattr(timing, part) / timing.rounds for part in ("draft_ms", "pass_ms", "walk_ms")}
+            row = {"model": name, "drafter": spec, "temperature": temperature, "batch": batch, **parts,
+                   "round_ms": wall, "host_ms": wall - sum(parts.values()), "outside_pass": 1 - parts["pass_ms"] / wall,
+                   "emitted_per_round": statistics.fmean(o.emitted_per_round for o in outputs),
+                   "captures": target.captured.capture.graphs - graphs}  # fmt: skip
+            print(json.dumps({k: round(v, 3) if isinstance(v, float) else v for k, v in row.items()}), flush=True)
+            rows.append(row)
+    return rows
+
+
 def main() -> None:
     """Run the chosen sections and write one result file."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--section", default="pass,decode,batch")
     parser.add_argument("--model", default="135m,8b", help="135m, 8b (random weights), or smollm2 for decode")
     parser.add_argument("--shapes", default="135m,8b")
+    parser.add_argument("--drafters", default="", help="for round: specs or folders, separated by semicolons")
     parser.add_argument("--part", default="0/1")
     parser.add_argument("--out", type=Path, default=RESULTS)
     options = parser.parse_args()
@@ -328,6 +379,15 @@ def main() -> None:
             if "batch" in sections:
                 sizes = (1, 8, 32, 128) if name == "135m" else (1, 8, 32)
                 result.setdefault("batch", []).extend(batches(name, target, rate, sizes))
+            del target
+            torch.cuda.empty_cache()
+    if "round" in sections:
+        specs = options.drafters.split(";") if options.drafters else list(DRAFTED)
+        for name in models:
+            target = Target(shape_model(name), name=name) if name in SHAPES else Target.from_pretrained(
+                name, device="cuda"
+            )  # fmt: skip
+            result.setdefault("round", []).extend(round_parts(name, target, specs))
             del target
             torch.cuda.empty_cache()
     if "decode" in sections and "smollm2" in models:

@@ -87,16 +87,20 @@ def test_choosing_and_walking_are_the_path_rule():
     parents = torch.tensor([[-2, 0, 0, 1, 3]] * batch)
     tokens = torch.tensor([[9, int(chosen[b, 0]), 1, int(chosen[b, 1]), 2] for b in range(batch)])
     tokens[2, 1], tokens[2, 2] = 5, chosen[2, 0]  # the second child is the right one
-    emitted = torch.zeros(batch, rows + 1, dtype=torch.int64)
+    emitted = torch.zeros(batch, rows + 4, dtype=torch.int64)
     path, counts = torch.zeros(batch, rows, dtype=torch.int64), torch.zeros(batch, dtype=torch.int64)
-    walk(tokens, parents, chosen.reshape(-1).contiguous(), emitted, path, counts)
+    walk(tokens, parents, positions.reshape(-1), chosen.reshape(-1).contiguous(), emitted, path, counts)
     for b, sampler in enumerate(samplers):
         wanted = walk_path(Tree(tokens[b, 1:].tolist(), [-1, -1, 0, 2]), logits[b], sampler, prefixes[b], 0)
         count = int(counts[b])
         assert tuple(emitted[b, 1 : count + 1].tolist()) == wanted.tokens
         assert tuple(path[b, 1:count].tolist()) == tuple(node + 1 for node in wanted.nodes)
+        last = wanted.nodes[-1] if wanted.nodes else -1
+        assert emitted[b, -3:].tolist() == [4, 3, last in [-1, -1, 0, 2]]
+    room = torch.tensor([3, 10, 2])
     lengths, where = torch.tensor([3, 8, 1]), positions.reshape(-1).clone()
-    advance(emitted, counts, tokens, where, lengths)
+    advance(emitted, counts, room, tokens, where, lengths)
+    assert room.tolist() == [3 - int(counts[0]), 10 - int(counts[1]), 2 - int(counts[2])]
     assert lengths.tolist() == [3 + int(counts[0]), 8 + int(counts[1]), 1 + int(counts[2])]
     assert tokens[:, 0].tolist() == [int(emitted[b, counts[b]]) for b in range(batch)]
     assert where.view(batch, rows)[:, 0].tolist() == lengths.tolist()

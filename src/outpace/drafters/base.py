@@ -21,6 +21,7 @@ from outpace.laws import Draft, DraftKind, Sampler, Tree, Walk
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from outpace.drafters.device.contract import DeviceDraft
     from outpace.target import BlockCache, GatedLoRA, Readout, Scouts, Target
     from outpace.target.widen import Widening
 
@@ -155,6 +156,13 @@ class Drafter(ABC):
         `walk.nodes` are nodes of this drafter's own trees.
         """
         del context, walks, read
+
+    def device_draft(self) -> DeviceDraft | None:
+        """How this drafter drafts in rounds that stay on the device; the same object until its shapes change.
+
+        None, the default: the host calls `propose` between passes.
+        """
+        return None
 
 
 class TokenDrafter(Drafter):

@@ -27,6 +27,8 @@ from outpace.laws import Draft, Tree, Walk
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from outpace.drafters.device.contract import DeviceDraft
+    from outpace.drafters.device.following import FollowingDraft
     from outpace.target import Readout, Target
 
 GuessMode = Literal["path", "greedy"]
@@ -103,6 +105,15 @@ class FollowingDrafter(LearnedDrafter):
         self.seats = Seats(self.cache)
         if self.paths:
             self.shape = FixedTree(self.paths, target.device)
+        self._device: FollowingDraft | None = None
+
+    def device_draft(self) -> DeviceDraft:
+        """The same drafts in captured rounds."""
+        if self._device is None or not self._device.holds():
+            from outpace.drafters.device.fused import device_draft
+
+            self._device = device_draft(self)
+        return self._device
 
     def start(self, context: Context, request: RequestContext, taps: Mapping[str, Tensor]) -> None:
         """Read the prompt: features of all tokens but the root, each with the token behind it."""
@@ -127,11 +138,24 @@ class FollowingDrafter(LearnedDrafter):
             [tap.gather(1, padded[..., None].expand(-1, -1, tap.shape[2])) for tap in self._taps(read)], -1
         )
         for b, (request, walk) in enumerate(zip(context.requests, walks, strict=True)):
-            self._pending.setdefault(request, []).append((taken[b, : len(walk.tokens)], list(walk.tokens)))
+            self.owe(request, taken[b, : len(walk.tokens)], list(walk.tokens))
+
+    def owe(self, request: RequestContext, features: Tensor, tokens: list[int]) -> None:
+        """Rows to read before the next draft: features [n, taps * H], the n tokens behind them."""
+        self._pending.setdefault(request, []).append((features, tokens))
 
     def propose(self, context: Context) -> Draft:
         """Read what is owed, grow a tree behind it."""
         self.seats.update(context)
+        requests = self.seats.requests
+        self.read_owed()
+        width = bucket(max(self.cache.lengths[: len(requests)]) + self.shape.scratch)
+        self.cache.reserve(capacity=width)
+        tokens, parents = self.grow(len(requests), width, self._draws(requests))
+        return self._pack(context, tokens, parents)
+
+    def read_owed(self) -> None:
+        """Read what is owed to the requests that sit, in passes of static width."""
         requests = self.seats.requests
         owed = {seat: self._owed(request) for seat, request in enumerate(requests) if self._pending.get(request)}
         most = max((len(tokens) for _, tokens in owed.values()), default=0)
@@ -139,10 +163,6 @@ class FollowingDrafter(LearnedDrafter):
         for begin in range(0, most, static):
             now = {s: (f[begin : begin + static], t[begin : begin + static]) for s, (f, t) in owed.items()}
             self._read({s: row for s, row in now.items() if row[1]}, static, len(requests))
-        width = bucket(max(self.cache.lengths[: len(requests)]) + self.shape.scratch)
-        self.cache.reserve(capacity=width)
-        tokens, parents = self.grow(len(requests), width, self._draws(requests))
-        return self._pack(context, tokens, parents)
 
     def grow(self, batch: int, width: int, draws: Draws | None) -> tuple[Tensor, Tensor]:
         """The tensor-only part of `propose`, after `growth.extend`: (tokens, parents) of the first `batch` seats."""

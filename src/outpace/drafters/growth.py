@@ -86,12 +86,12 @@ def children(logits: Tensor, count: int, draws: Draws | None = None, depth: int 
     scores = logits.float()
     if draws is not None:
         warm = draws.temperature > 0
-        scores = scores / torch.where(warm, draws.temperature, 1.0)[:, None, None]
+        scores = scores / draws.temperature.masked_fill(~warm, 1.0)[:, None, None]
         p = torch.softmax(scores, -1)
         cumulated = torch.cumsum(p, -1)
         number = (draws.u[:, depth - 1, None, None] * cumulated[..., -1:]).expand(*p.shape[:2], 1).contiguous()
         drawn = torch.searchsorted(cumulated, number, right=True).clamp_max(p.shape[-1] - 1)
-        share = torch.where(warm, draws.coupling, 0.0)[:, None, None]
+        share = (draws.coupling * warm)[:, None, None]
         p = (1 - share) * p
         p = p.scatter_add(2, drawn, share.expand_as(drawn))
         best, ids = torch.topk(p, count, -1)

@@ -72,6 +72,11 @@ class DraftHead(nn.Module):
         return torch.arange(d2t.shape[0], device=d2t.device) + d2t
 
     @property
+    def offsets(self) -> Tensor | None:
+        """[size] int64: target id less draft id; None where they are the same."""
+        return cast("Tensor", self.d2t) if self.reduced else None
+
+    @property
     def teacher(self) -> Tensor:
         """[size, H]: the target's own rows for the draft vocabulary, frozen."""
         found = cast("Tensor | None", self._teacher)

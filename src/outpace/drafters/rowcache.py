@@ -30,6 +30,7 @@ class RowCache:
         keys, values: [layers, slots, key heads, capacity, head size].
         top: [slots, H]: the network's output at each slot's last row.
         at: [slots] int64 on the device: rows kept. lengths: the same on the host.
+        generation: counts how often the tensors have moved (growing moves them); captured graphs hold for one.
     """
 
     keys: Tensor
@@ -37,6 +38,7 @@ class RowCache:
     top: Tensor
     at: Tensor
     lengths: list[int]
+    generation: int = 0
 
     @classmethod
     def empty(
@@ -68,6 +70,7 @@ class RowCache:
         self.top = torch.cat([self.top, self.top.new_zeros(new, self.top.shape[1])])
         self.at = torch.cat([self.at, self.at.new_zeros(new)])
         self.lengths.extend([0] * new)
+        self.generation += 1
 
     def move(self, source: int, target: int) -> None:
         """Let slot `target` hold what slot `source` holds."""
@@ -79,6 +82,14 @@ class RowCache:
         self.top[target] = self.top[source]
         self.at[target] = self.at[source]
         self.lengths[target] = length
+
+    def swap(self, one: int, other: int) -> None:
+        """Let two slots hold what the other one holds."""
+        for tensor in (self.keys, self.values):
+            tensor[:, [one, other]] = tensor[:, [other, one]]
+        for tensor in (self.top, self.at):
+            tensor[[one, other]] = tensor[[other, one]]
+        self.lengths[one], self.lengths[other] = self.lengths[other], self.lengths[one]
 
     def truncate(self, slot: int, length: int) -> None:
         """Keep the first `length` rows of a slot."""

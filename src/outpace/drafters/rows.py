@@ -25,6 +25,7 @@ from outpace.drafters.unroll import Unrolled
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from outpace.drafters.device.plan import RowPlan
     from outpace.drafters.heads import DraftHead
     from outpace.drafters.layers import Attend, Rotary, Shape
 
@@ -66,6 +67,10 @@ class RowNet(nn.Module):
     @abstractmethod
     def feedback(self, y: Tensor) -> Tensor:
         """The feature of the next step: [..., H] -> [..., H]."""
+
+    def fused_plan(self) -> RowPlan | None:
+        """These weights for fused kernels (joined in place), or None where this network does not fit them."""
+        return None
 
 
 def unrolled_losses(net: RowNet, batch: Batch, recipe: Recipe, *, dense: bool | None = None) -> Losses:

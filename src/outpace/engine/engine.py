@@ -237,6 +237,8 @@ class Engine:
         if self._device is None or self._device.fast is not fast:
             from outpace.engine.device.rounds import DeviceRounds
 
+            if self._device is not None:
+                self._device.forget()  # the model was moved: what its rounds left owed is the host's again
             self._device = DeviceRounds(fast, self.target.layer_ids)
         return self._device if self._device.serves(self.drafter) else None
 

@@ -51,6 +51,26 @@ class Timing:
 
 
 @dataclass(frozen=True, slots=True)
+class Outcome:
+    """What a round brought one request.
+
+    Attributes:
+        tokens: emitted ids that stand, those of accepted nodes first.
+        drafted: nodes of the draft. depth: of the deepest. reached: depths at which a draft token was put to the test.
+    """
+
+    tokens: tuple[int, ...]
+    drafted: int
+    depth: int
+    reached: int
+
+    @classmethod
+    def of(cls, tree: Tree, walk: Walk) -> Outcome:
+        """That of a walk through a tree."""
+        return cls(walk.tokens, len(tree), max(tree.depths(), default=0), _reached(tree, walk))
+
+
+@dataclass(frozen=True, slots=True)
 class Played:
     """A round's outcome per request, in the context's order."""
 
@@ -105,7 +125,8 @@ def play_round(
     cache.commit([[0, *(node + 1 for node in walk.nodes)] for walk in walks])
     if drafter is not None:
         drafter.observe(context, walks, read)
-    rounds, reached = record(requests, trees, walks, stoppings)
+    outcomes = [Outcome.of(tree, walk) for tree, walk in zip(trees, walks, strict=True)]
+    rounds = record(requests, outcomes, stoppings)
     ended = perf_counter()
 
     timing.rounds += 1
@@ -113,21 +134,20 @@ def play_round(
     timing.pass_ms += 1e3 * (passed - drafted)
     timing.walk_ms += 1e3 * (walked - passed)
     timing.other_ms += 1e3 * (ended - walked)
-    return Played(rounds, verdicts, reached, 1e3 * (ended - started))
+    return Played(rounds, verdicts, [outcome.reached for outcome in outcomes], 1e3 * (ended - started))
 
 
 def record(
-    requests: Sequence[RequestContext], trees: Sequence[Tree], walks: Sequence[Walk], stoppings: Sequence[Stopping]
-) -> tuple[list[Round], list[int]]:
-    """Let requests advance by what was emitted; returns per request the round, and the depths put to the test."""
-    rounds, reached = [], []
-    for request, tree, walk, stopping in zip(requests, trees, walks, stoppings, strict=True):
-        request.tokens.extend(walk.tokens)
+    requests: Sequence[RequestContext], outcomes: Sequence[Outcome], stoppings: Sequence[Stopping]
+) -> list[Round]:
+    """Let requests advance by what was emitted; returns the round of each."""
+    rounds = []
+    for request, outcome, stopping in zip(requests, outcomes, stoppings, strict=True):
+        request.tokens.extend(outcome.tokens)
         request.remaining = stopping.remaining
         request.round_index += 1
-        rounds.append(Round(walk.tokens, len(walk.nodes), len(tree), max(tree.depths(), default=0)))
-        reached.append(_reached(tree, walk))
-    return rounds, reached
+        rounds.append(Round(outcome.tokens, len(outcome.tokens) - 1, outcome.drafted, outcome.depth))
+    return rounds
 
 
 def drafted_trees(context: Context, drafter: Drafter | None, strict_rows: int) -> list[Tree]:

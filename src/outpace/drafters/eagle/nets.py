@@ -6,7 +6,7 @@ Both follow the row rule (`drafters.rows`): embedding of the token first, featur
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -18,6 +18,7 @@ from outpace.drafters.rows import RowNet
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from outpace.drafters.device.plan import RowPlan
     from outpace.drafters.layers import Attend
     from outpace.target import Target
 
@@ -61,6 +62,29 @@ class EagleNet(RowNet):
     def feedback(self, y: Tensor) -> Tensor:
         """The imitated feature."""
         return y
+
+    def fused_plan(self) -> RowPlan:
+        """See `RowNet`."""
+        from outpace.drafters.device.plan import RowPlan, plan_block
+        from outpace.target.fast.plan import Projection
+
+        bias = None if self.fc.bias is None else self.fc.bias.detach()
+        return RowPlan(
+            tap_norms=(),
+            fuse_norm=None,
+            fuse=None,
+            norm_embedding=None,
+            norm_state=None,
+            embedding_first=True,
+            join=Projection(self.fc.weight.detach(), bias),
+            residual="joined",
+            blocks=(plan_block(self.block, None),),
+            norm=None,
+            feeds_normed=False,
+            head=Projection(self.head.weight.detach()),
+            offsets=self.head.offsets,
+            eps=self.shape.eps,
+        )
 
 
 class FirstLayer(nn.Module):
@@ -165,3 +189,28 @@ class FusedNet(RowNet):
     def feedback(self, y: Tensor) -> Tensor:
         """Before the norm, or behind it (3.1)."""
         return self.norm(y) if self.norm_output else y
+
+    def fused_plan(self) -> RowPlan:
+        """See `RowNet`."""
+        from outpace.drafters.device.plan import RowPlan, plan_block
+        from outpace.target.fast.plan import Projection
+
+        first = self.midlayer
+        behind: list[Any] = list(self.more)
+        tap_norms: list[Any] = list(self.fc_norm or ())
+        return RowPlan(
+            tap_norms=tuple(norm.weight.detach() for norm in tap_norms),
+            fuse_norm=None if self.input_norm is None else self.input_norm.weight.detach(),
+            fuse=Projection(self.fc.weight.detach()),
+            norm_embedding=first.input_layernorm.weight.detach(),
+            norm_state=first.hidden_norm.weight.detach(),
+            embedding_first=True,
+            join=None,
+            residual="normed_state" if first.norm_before_residual else "state",
+            blocks=(plan_block(first, None), *(plan_block(b, b.input_layernorm.weight.detach()) for b in behind)),
+            norm=self.norm.weight.detach(),
+            feeds_normed=self.norm_output,
+            head=Projection(self.head.weight.detach()),
+            offsets=self.head.offsets,
+            eps=self.shape.eps,
+        )

@@ -16,6 +16,7 @@ from outpace.drafters.growth import DEFAULT_PATHS, Draws, FixedTree, Ranks, grow
 from outpace.drafters.heads import choose_ids, special_ids
 from outpace.drafters.learning import Batch, LearnedDrafter, Losses, Recipe
 from outpace.drafters.losses import Teacher, head_loss
+from outpace.drafters.medusa.device import MedusaDraft
 from outpace.drafters.medusa.heads import MedusaHeads, Projection
 from outpace.errors import ConfigError
 from outpace.laws import Draft, Tree, Walk
@@ -23,6 +24,7 @@ from outpace.laws import Draft, Tree, Walk
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from outpace.drafters.device import DeviceDraft
     from outpace.target import Readout, Target
 
 _RANKS = 10  # of each head's list that calibration looks at
@@ -97,6 +99,7 @@ class Medusa(LearnedDrafter):
         paths = self.paths or DEFAULT_PATHS
         chosen = [path for path in paths if len(path) <= self.heads and max(path) < self.module.head.size]
         self.tree = FixedTree(chosen[: self.nodes], target.device)
+        self._device: MedusaDraft | None = None
 
     # Training ------------------------------------------------------------------------------------------------------
 
@@ -148,10 +151,24 @@ class Medusa(LearnedDrafter):
 
     # Decoding ------------------------------------------------------------------------------------------------------
 
+    def device_draft(self) -> DeviceDraft:
+        """The same drafts in captured rounds."""
+        if self._device is None:
+            self._device = MedusaDraft(self)
+        return self._device
+
     def start(self, context: Context, request: RequestContext, taps: Mapping[str, Tensor]) -> None:
         """Keep the state of the last token read."""
         if taps and taps["post_norm"].shape[1]:
-            self._states[request] = taps["post_norm"][0, -1]
+            self.keep(request, taps["post_norm"][0, -1])
+
+    def keep(self, request: RequestContext, state: Tensor) -> None:
+        """The state [H] that the next draft of a request reads."""
+        self._states[request] = state
+
+    def states(self, requests: Sequence[RequestContext]) -> list[Tensor | None]:
+        """The states kept, None where there is none yet."""
+        return [self._states.get(request) for request in requests]
 
     def observe(self, context: Context, walks: Sequence[Walk], read: Readout) -> None:
         """Keep the state of the last accepted node."""
@@ -159,7 +176,7 @@ class Medusa(LearnedDrafter):
         tap = read.taps["post_norm"]
         rows = tap[torch.arange(len(last), device=tap.device), torch.tensor(last, device=tap.device)]
         for request, row in zip(context.requests, rows, strict=True):
-            self._states[request] = row
+            self.keep(request, row)
 
     def propose(self, context: Context) -> Draft:
         """All heads at once, the tree over their lists."""

@@ -23,6 +23,7 @@ from outpace.target.families import part
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from outpace.drafters.device.plan import RowPlan
     from outpace.drafters.layers import Attend
     from outpace.target import Target
 
@@ -95,6 +96,29 @@ class MTPNet(RowNet):
     def feedback(self, y: Tensor) -> Tensor:
         """What the next depth reads."""
         return self.norm(y) if self.chain_norm == "shared" else y
+
+    def fused_plan(self) -> RowPlan:
+        """See `RowNet`."""
+        from outpace.drafters.device.plan import RowPlan, plan_block
+        from outpace.target.fast.plan import Projection
+
+        assert self.block.input_layernorm is not None
+        return RowPlan(
+            tap_norms=(),
+            fuse_norm=None,
+            fuse=None,
+            norm_embedding=self.enorm.weight.detach(),
+            norm_state=self.hnorm.weight.detach(),
+            embedding_first=self.order == "embed_hidden",
+            join=Projection(self.eh_proj.weight.detach()),
+            residual="joined",
+            blocks=(plan_block(self.block, self.block.input_layernorm.weight.detach()),),
+            norm=self.norm.weight.detach(),
+            feeds_normed=self.chain_norm == "shared",
+            head=Projection(self.head.weight.detach()),
+            offsets=self.head.offsets,
+            eps=self.shape.eps,
+        )
 
 
 class MTP(FollowingDrafter):

@@ -24,6 +24,16 @@ _TILE: Final = 2048
 
 
 @triton.jit
+def path_number(seed, identity, position):  # noqa: ANN201  # Triton's language
+    """The path's number of a position, float64 in [0, 1): `laws.Noise.uniform`. identity: of the request, a scalar."""
+    position = position.to(tl.uint32)
+    low = (identity & 0xFFFFFFFF).to(tl.uint32) + position * 0
+    high = ((identity >> 32) & 0xFFFFFFFF).to(tl.uint32) + position * 0
+    x0, x1, _x2, _x3 = tl.philox(seed, position, low, high, high * 0)
+    return ((x0 >> 5).to(tl.float64) * 67108864.0 + (x1 >> 6).to(tl.float64)) / 9007199254740992.0
+
+
+@triton.jit
 def _peaks_kernel(LOGITS, PEAKS, IDS, SUMS, TEMPERATURE, R, V, TILES, BLOCK: tl.constexpr, SAMPLED: tl.constexpr):
     """Largest logit of a tile, its lowest id, and (if sampled) the sum of exp((logit - largest) / temperature)."""
     row = tl.program_id(0)
@@ -63,13 +73,9 @@ def _choose_kernel(
             sums = tl.load(SUMS + row * TILES + tiles, mask=there, other=0.0)
             sums = tl.where(there & (lift > 0), sums * lift, 0.0)
             total = tl.sum(sums, 0)
-            position = (tl.load(POSITIONS + row) + 1).to(tl.uint32)
-            identity = tl.load(REQUESTS + request)
-            low = (identity & 0xFFFFFFFF).to(tl.uint32)
-            high = ((identity >> 32) & 0xFFFFFFFF).to(tl.uint32)
-            x0, x1, _x2, _x3 = tl.philox(tl.load(SEEDS + request), position, low, high, high * 0)
-            u = (x0 >> 5).to(tl.float64) * 67108864.0 + (x1 >> 6).to(tl.float64)
-            goal = u / 9007199254740992.0 * total
+            goal = (
+                path_number(tl.load(SEEDS + request), tl.load(REQUESTS + request), tl.load(POSITIONS + row) + 1) * total
+            )
             reached = tl.cumsum(sums, 0)
             tile = tl.min(tl.where((reached > goal) & there, tiles, WIDTH), 0)
             tile = tl.where(tile < WIDTH, tile, tl.max(tl.where(sums > 0, tiles, 0), 0))
@@ -90,28 +96,36 @@ def _choose_kernel(
 
 
 @triton.jit
-def _walk_kernel(TOKENS, PARENTS, CHOSEN, EMITTED, PATH, COUNTS, R, BLOCK: tl.constexpr):
-    """Follow the draft as long as it holds the path's token. EMITTED row: count, then the tokens."""
+def _walk_kernel(TOKENS, PARENTS, POSITIONS, CHOSEN, EMITTED, PATH, COUNTS, R, WIDTH, BLOCK: tl.constexpr):
+    """Follow the draft as long as it holds the path's token. EMITTED row: count, tokens, then what the draft was."""
     request = tl.program_id(0)
     at = tl.arange(0, BLOCK)
     inside = at < R
     tokens = tl.load(TOKENS + request * R + at, mask=inside, other=-1)
     parents = tl.load(PARENTS + request * R + at, mask=inside, other=-2)
+    positions = tl.load(POSITIONS + request * R + at, mask=inside, other=0)
+    out = EMITTED + request * WIDTH
     node = 0
+    last = 0
     count = 0
     while node >= 0:
+        last = node
         token = tl.load(CHOSEN + request * R + node)
-        tl.store(EMITTED + request * (R + 1) + 1 + count, token)
+        tl.store(out + 1 + count, token)
         tl.store(PATH + request * R + count, node)
         count += 1
         child = tl.min(tl.where(inside & (parents == node) & (tokens == token), at, BLOCK), 0)
         node = tl.where(child < BLOCK, child, -1)
-    tl.store(EMITTED + request * (R + 1), count)
+    tl.store(out, count)
     tl.store(COUNTS + request, count)
+    drafted = parents >= 0
+    tl.store(out + R + 1, tl.sum(drafted.to(tl.int64), 0))
+    tl.store(out + R + 2, tl.max(tl.where(drafted, positions - tl.load(POSITIONS + request * R), 0), 0))
+    tl.store(out + R + 3, tl.max((parents == last).to(tl.int64), 0))
 
 
 @triton.jit
-def _advance_kernel(EMITTED, COUNTS, TOKENS, POSITIONS, LENGTHS, R, WIDTH):
+def _advance_kernel(EMITTED, COUNTS, ROOM, TOKENS, POSITIONS, LENGTHS, R, WIDTH):
     """Make the last emitted token the root of the next round: TOKENS [B, R] column 0, lengths and root positions.
 
     Where there was no law (-1) the round under way runs on some token, and the host will refuse its outcome.
@@ -120,6 +134,7 @@ def _advance_kernel(EMITTED, COUNTS, TOKENS, POSITIONS, LENGTHS, R, WIDTH):
     count = tl.load(COUNTS + request)
     length = tl.load(LENGTHS + request) + count
     tl.store(LENGTHS + request, length)
+    tl.store(ROOM + request, tl.load(ROOM + request) - count)
     tl.store(TOKENS + request * R, tl.maximum(tl.load(EMITTED + request * WIDTH + count), 0))
     tl.store(POSITIONS + request * R, length)
 
@@ -155,19 +170,32 @@ class Chooser:
         return self.chosen
 
 
-def walk(tokens: Tensor, parents: Tensor, chosen: Tensor, emitted: Tensor, path: Tensor, counts: Tensor) -> None:
+EMITTED_EXTRA: Final = 4  # numbers of a row of `emitted` besides its tokens
+
+
+def walk(
+    tokens: Tensor, parents: Tensor, positions: Tensor, chosen: Tensor, emitted: Tensor, path: Tensor, counts: Tensor
+) -> None:
     """Walk every request's tree.
 
-    tokens, parents: [B, R] int64, column 0 the root, parents as rows (-2 for padding and the root); chosen: [B * R].
-    Written: emitted [B, R + 1] (count, tokens), path [B, R] (accepted rows, the root first), counts [B].
+    tokens, parents: [B, R] int64, column 0 the root, parents as rows (-2 for padding and the root); positions, chosen:
+    [B * R] int64.
+    Written: emitted [B, R + 4] (count; tokens; then nodes drafted, the deepest one's depth, whether the draft went on
+    behind the last accepted one), path [B, R] (accepted rows, the root first), counts [B].
     """
     batch, rows = tokens.shape
     _walk_kernel[(batch,)](
-        tokens, parents, chosen, emitted, path, counts, rows, BLOCK=triton.next_power_of_2(rows), num_warps=1
-    )
+        tokens, parents, positions, chosen, emitted, path, counts, rows, emitted.shape[1],
+        BLOCK=triton.next_power_of_2(rows), num_warps=1,
+    )  # fmt: skip
 
 
-def advance(emitted: Tensor, counts: Tensor, tokens: Tensor, positions: Tensor, lengths: Tensor) -> None:
-    """Begin the next round where this one ended (see the kernel); for rounds of one row, or before a draft is laid."""
+def advance(emitted: Tensor, counts: Tensor, room: Tensor, tokens: Tensor, positions: Tensor, lengths: Tensor) -> None:
+    """Begin the next round where this one ended (see the kernel); for rounds of one row, or before a draft is laid.
+
+    room: [B] int64, how deep the next draft may be, less what was emitted.
+    """
     batch, rows = tokens.shape
-    _advance_kernel[(batch,)](emitted, counts, tokens, positions, lengths, rows, emitted.shape[1], num_warps=1)
+    _advance_kernel[(batch,)](
+        emitted, counts, room, tokens, positions, lengths, rows, emitted.shape[1], num_warps=1
+    )  # fmt: skip

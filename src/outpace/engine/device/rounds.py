@@ -1,10 +1,12 @@
-"""The round of `engine.round` with its pieces captured: pass, choice, walk and commit run on the device.
+"""The round of `engine.round` with its pieces captured: draft, pass, choice, walk and commit run on the device.
 
-The host is told once per round what was emitted. Plain decoding does not even wait for that: the next round starts
-from tensors on the device while the host reads the last one, and what was computed beyond a stop is thrown away.
+The host is told once per round what was emitted, and does not even wait for that: the next round starts from tensors on
+the device while the host reads the last one, and what was computed beyond a stop is thrown away.
 
-    upload draft -> [pass graph] -> [walk graph: choose, walk, commit, advance] -> emitted, one copy to the host
+    [draft graph: read what is owed, grow, lay] -> [pass graph] -> [walk graph: choose, walk, commit, advance, collect]
+        -> emitted, one copy to the host
 
+Without a drafter there is no draft graph. A drafter that drafts on the host uploads a tree instead, and the host waits.
 Serves plain decoding and drafters that choose their tokens and add no rows, under the path rule, for requests whose
 law is greedy or plain temperature sampling; everything else is played by the readable round, on top of the same
 captured passes.
@@ -12,20 +14,21 @@ captured passes.
 
 from __future__ import annotations
 
-import operator
 from collections import deque
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from time import perf_counter
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
 import torch
 
-from outpace.engine.device.kernels import Chooser, advance, walk
-from outpace.engine.round import Played, Timing, drafted_trees, record
+from outpace.drafters.growth import Draws
+from outpace.engine.device.drafts import WIDEST, lay, numbers_ahead
+from outpace.engine.device.kernels import advance, walk
+from outpace.engine.device.lanes import AHEAD, Course, Flight, Lane, fill, host_tensor
+from outpace.engine.round import Outcome, Played, Timing, drafted_trees, record
 from outpace.errors import LawError
-from outpace.laws import NoiseDice, Stopping, Tree, Walk
+from outpace.laws import NoiseDice, Stopping, Tree, Verdict, Walk
 from outpace.target import Readout
 from outpace.target.fast.entries import keep_entries
 from outpace.target.fast.graphs import Captured, FastPass, padded_batch, padded_rows
@@ -33,52 +36,10 @@ from outpace.target.fast.graphs import Captured, FastPass, padded_batch, padded_
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from outpace.drafters import Context, Drafter, RequestContext
+    from outpace.drafters import Context, Drafter
+    from outpace.drafters.device import DeviceDraft, DraftKey
     from outpace.target import BlockCache
     from outpace.target.fast.forward import Inputs
-
-_AHEAD: Final = 1  # rounds of plain decoding that are under way while the host reads the one before
-
-
-@dataclass(slots=True)
-class _Flight:
-    """A round that has been launched: where its outcome will be, and when. The next pass overwrites the taps."""
-
-    emitted: Tensor
-    taps: dict[str, Tensor]
-    events: tuple[torch.cuda.Event, torch.cuda.Event, torch.cuda.Event]
-
-
-class _Lane:
-    """What walks of one shape write to, and the laws of the requests in it."""
-
-    def __init__(self, batch: int, rows: int, vocabulary: int, device: torch.device) -> None:
-        longs: dict[str, Any] = {"dtype": torch.int64, "device": device}
-        self.chooser = Chooser(batch * rows, vocabulary, device)
-        self.emitted = torch.zeros(batch, rows + 1, **longs)
-        self.path = torch.zeros(batch, rows, **longs)
-        self.counts = torch.zeros(batch, **longs)
-        self.temperature = torch.zeros(batch, dtype=torch.float32, device=device)
-        self.keys = torch.zeros(2, batch, **longs)  # seeds, requests
-        self.results = [torch.zeros(batch, rows + 1, dtype=torch.int64).pin_memory() for _ in range(_AHEAD + 2)]
-        self.turn = 0
-
-    def load(self, requests: Sequence[RequestContext]) -> bool:
-        """Put the requests' laws on the device; returns whether any of them samples."""
-        batch = self.counts.shape[0]
-        pad = [0] * (batch - len(requests))
-        heats = [r.sampler.settings.temperature for r in requests]
-        dice = [r.sampler.dice for r in requests]
-        seeds = [_signed(d.noise.seed) for d in dice if isinstance(d, NoiseDice)]
-        names = [_signed(d.request) for d in dice if isinstance(d, NoiseDice)]
-        self.temperature.copy_(torch.tensor([*heats, *pad], dtype=torch.float32), non_blocking=True)
-        self.keys.copy_(torch.tensor([[*seeds, *pad], [*names, *pad]]), non_blocking=True)
-        return any(heats)
-
-
-def _signed(word: int) -> int:
-    """The int64 with the bits of an unsigned 64-bit integer."""
-    return word - (1 << 64) if word >= 1 << 63 else word
 
 
 class DeviceRounds:
@@ -87,11 +48,12 @@ class DeviceRounds:
     def __init__(self, fast: FastPass, layer_ids: tuple[int, ...]) -> None:
         self.fast = fast
         self._layer_ids = layer_ids
-        self._lanes: dict[tuple[int, int], _Lane] = {}
+        self._lanes: dict[tuple[int, int], Lane] = {}
         self._hosts: dict[int, Tensor] = {}
-        self._graphs: WeakKeyDictionary[BlockCache, dict[Any, Captured]] = WeakKeyDictionary()
-        self._flying: deque[_Flight] = deque()
-        self._loaded: list[RequestContext] = []
+        self._walks: WeakKeyDictionary[BlockCache, dict[Any, Captured]] = WeakKeyDictionary()
+        self._drafts: WeakKeyDictionary[DeviceDraft, dict[Any, Captured]] = WeakKeyDictionary()
+        self._flying: deque[Flight] = deque()
+        self._course: Course | None = None
         self._sampled = False
 
     @staticmethod
@@ -109,11 +71,13 @@ class DeviceRounds:
         return all(r.sampler.plain and isinstance(r.sampler.dice, NoiseDice) for r in context.requests)
 
     def forget(self) -> None:
-        """Throw rounds under way aside: the batch has changed."""
+        """Throw rounds under way aside, and let the host take over: the batch has changed."""
         for flight in self._flying:
-            flight.events[2].synchronize()
+            flight.marks[-1].synchronize()
         self._flying.clear()
-        self._loaded = []
+        if self._course is not None and self._course.draft is not None:
+            self._course.draft.leave()
+        self._course = None
 
     def play(self, context: Context, drafter: Drafter | None, stoppings: Sequence[Stopping], timing: Timing) -> Played:
         """Play one round for every request of the context; see `engine.round.play_round`.
@@ -125,80 +89,111 @@ class DeviceRounds:
         """
         started = perf_counter()
         requests = context.requests
-        trees: list[Tree] = [Tree()] * len(requests)
-        if drafter is not None and any(r.speculate and r.depth_limit for r in requests):
-            trees = drafted_trees(context, drafter, 0)
-        drafted = perf_counter()
+        wanted = drafter is not None and any(r.speculate and r.depth_limit for r in requests)
         taps = drafter.needs.taps if drafter is not None else frozenset()
-        if any(len(tree) for tree in trees):
+        draft = _device_draft(drafter)
+        under_way = bool(self._flying) and self._course is not None and self._course.serves(requests, draft)
+        trees: list[Tree] | None = None
+        drafted_ms = 0.0
+        try:
+            if draft is not None and (wanted or under_way):
+                self._launch_ahead(context, draft, taps, wanted=wanted)
+            else:
+                trees = [Tree()] * len(requests)
+                if wanted and drafter is not None:
+                    self.forget()
+                    trees = drafted_trees(context, drafter, 0)
+                    drafted_ms = 1e3 * (perf_counter() - started)
+                self._launch(context, trees, taps, alone=drafter is not None)
+        except BaseException:
             self.forget()
-            self._launch_drafted(context, trees, taps)
-        else:
-            self._launch_plain(context, taps, alone=drafter is not None)
+            raise
         flight = self._flying.popleft()
-        flight.events[2].synchronize()
+        flight.marks[-1].synchronize()
         read = flight.emitted.tolist()
-        walks, verdicts = [], []
-        for row, tree, stopping in zip(read[: len(requests)], trees, stoppings, strict=True):
-            tokens = row[1 : row[0] + 1]
+        outcomes, verdicts, walks = self._outcomes(read[: len(requests)], trees, stoppings)
+        for b, outcome in enumerate(outcomes):
+            context.cache.lengths[b] += len(outcome.tokens)
+        if trees is None and draft is not None:
+            draft.settle([outcome.tokens for outcome in outcomes], len(self._flying))
+        elif drafter is not None:
+            taken = {name: value[: len(requests)] for name, value in flight.taps.items()}
+            drafter.observe(context, walks, Readout(None, None, taken))
+        rounds = record(requests, outcomes, stoppings)
+        total_ms = 1e3 * (perf_counter() - started)
+        spans = [one.elapsed_time(two) for one, two in zip(flight.marks, flight.marks[1:], strict=False)]
+        timing.rounds += 1
+        timing.draft_ms += drafted_ms + spans[0]
+        timing.pass_ms += spans[1]
+        timing.walk_ms += spans[2]
+        timing.other_ms += max(0.0, total_ms - drafted_ms - sum(spans))
+        return Played(rounds, verdicts, [outcome.reached for outcome in outcomes], total_ms)
+
+    def _outcomes(
+        self, read: list[list[int]], trees: list[Tree] | None, stoppings: Sequence[Stopping]
+    ) -> tuple[list[Outcome], list[Verdict], list[Walk]]:
+        """What rows of `emitted` say, cut at stops; walks where the host knows the trees."""
+        outcomes, verdicts, walks = [], [], []
+        for b, (row, stopping) in enumerate(zip(read, stoppings, strict=True)):
+            count, tokens = row[0], row[1 : row[0] + 1]
+            drafted, deepest, went_on = row[-3:]
             if min(tokens) < 0:
                 self.forget()
                 raise LawError(
                     "the target's logits give no law (NaN, or all tokens forbidden); check the model's dtype"
                 )
             verdict = stopping.feed(tokens)
-            nodes = _nodes(tree, tokens)
-            one = Walk(nodes[: verdict.kept - 1], tuple(tokens[: verdict.kept]))
-            walks.append(one)
+            kept = verdict.kept
+            reached = kept - 1 + (kept < count or bool(went_on))
+            outcomes.append(Outcome(tuple(tokens[:kept]), drafted, deepest, reached))
             verdicts.append(verdict)
-        for b, one in enumerate(walks):
-            context.cache.lengths[b] += len(one.tokens)
-        if drafter is not None:
-            taken = {name: value[: len(requests)] for name, value in flight.taps.items()}
-            drafter.observe(context, walks, Readout(None, None, taken))
-        rounds, reached = record(requests, trees, walks, stoppings)
-        ended = perf_counter()
-        before, between, after = flight.events
-        pass_ms, walk_ms = before.elapsed_time(between), between.elapsed_time(after)
-        timing.rounds += 1
-        timing.draft_ms += 1e3 * (drafted - started)
-        timing.pass_ms += pass_ms
-        timing.walk_ms += walk_ms
-        timing.other_ms += max(0.0, 1e3 * (ended - drafted) - pass_ms - walk_ms)
-        return Played(rounds, verdicts, reached, 1e3 * (ended - started))
+            if trees is not None:
+                walks.append(Walk(_nodes(trees[b], tokens)[: kept - 1], tuple(tokens[:kept])))
+        return outcomes, verdicts, walks
 
-    def _launch_plain(self, context: Context, taps: frozenset[str], *, alone: bool) -> None:
-        """Keep rounds of one row under way; `alone`: only this one, since a draft may follow."""
+    def _launch_ahead(self, context: Context, draft: DeviceDraft, taps: frozenset[str], *, wanted: bool) -> None:
+        """Keep rounds with drafts of the device under way; finish what is, where no more is wanted."""
         requests, cache = context.requests, context.cache
-        batch = padded_batch(len(requests))
-        inputs, lane = self.fast.inputs(batch, 1), self._lane(batch, 1)
-        same = len(self._loaded) == len(requests) and all(map(operator.is_, self._loaded, requests))
-        if not self._flying or not same:
+        batch, rows = padded_batch(len(requests)), padded_rows(1 + draft.nodes)
+        inputs, lane = self.fast.inputs(batch, rows), self._lane(batch, rows)
+        course, flags = self._course, [r.speculate for r in requests]
+        goes_on = course is not None and course.serves(requests, draft)
+        if goes_on and self._flying and (not wanted or course.speculate != flags):  # type: ignore[union-attr]
+            return
+        if not goes_on or course.speculate != flags:  # type: ignore[union-attr]
             self.forget()
+            draft.join(context, batch)
             self._sampled = lane.load(requests)
             lengths = cache.lengths[: len(requests)]
-            self._upload(inputs, [[r.root] for r in requests], [[-2]] * len(requests), [[n] for n in lengths], lengths)
-            self._loaded = list(requests)
-        most = 1 if alone else min(1 + _AHEAD, max(r.remaining for r in requests))
+            tokens = [[r.root, *([0] * (rows - 1))] for r in requests]
+            self._upload(inputs, tokens, [[-2] * rows] * len(requests), [[n] * rows for n in lengths], lengths)
+            self._course = Course(list(requests), flags, draft)
+        most = min(1 + AHEAD, max(r.remaining for r in requests))
         while len(self._flying) < most:
-            entries = max(cache.lengths[: len(requests)]) + len(self._flying) + 1
-            self._launch(cache, inputs, lane, entries, batch, taps)
+            behind = len(self._flying) * (draft.depth + 1)
+            entries = max(cache.lengths[: len(requests)]) + behind + rows
+            self._fly(cache, inputs, lane, entries, taps, draft)
 
-    def _launch_drafted(self, context: Context, trees: list[Tree], taps: frozenset[str]) -> None:
+    def _launch(self, context: Context, trees: list[Tree], taps: frozenset[str], *, alone: bool) -> None:
+        """Start a round with trees of the host; unless `alone`, since a draft may follow, keep more under way."""
         requests, cache = context.requests, context.cache
-        batch = padded_batch(len(requests))
-        rows = padded_rows(1 + max(len(tree) for tree in trees))
+        batch, rows = padded_batch(len(requests)), padded_rows(1 + max(len(tree) for tree in trees))
         inputs, lane = self.fast.inputs(batch, rows), self._lane(batch, rows)
-        self._sampled = lane.load(requests)
-        tokens, parents, positions = [], [], []
         lengths = cache.lengths[: len(requests)]
-        for request, tree, length in zip(requests, trees, lengths, strict=True):
-            pad = rows - 1 - len(tree)
-            tokens.append([request.root, *tree.tokens, *([0] * pad)])
-            parents.append([-2, *(parent + 1 for parent in tree.parents), *([-2] * pad)])
-            positions.append([length, *(length + depth for depth in tree.depths()), *([length] * pad)])
-        self._upload(inputs, tokens, parents, positions, lengths)
-        self._launch(cache, inputs, lane, max(lengths) + rows, batch, taps)
+        if not self._flying or self._course is None or not self._course.serves(requests, None) or rows > 1:
+            self.forget()
+            self._sampled = lane.load(requests)
+            tokens, parents, positions = [], [], []
+            for request, tree, length in zip(requests, trees, lengths, strict=True):
+                pad = rows - 1 - len(tree)
+                tokens.append([request.root, *tree.tokens, *([0] * pad)])
+                parents.append([-2, *(parent + 1 for parent in tree.parents), *([-2] * pad)])
+                positions.append([length, *(length + depth for depth in tree.depths()), *([length] * pad)])
+            self._upload(inputs, tokens, parents, positions, lengths)
+            self._course = Course(list(requests), [], None)
+        most = 1 if alone else min(1 + AHEAD, max(r.remaining for r in requests))
+        while len(self._flying) < most:
+            self._fly(cache, inputs, lane, max(lengths) + len(self._flying) + rows, taps, None)
 
     def _upload(
         self,
@@ -208,85 +203,115 @@ class DeviceRounds:
         positions: list[list[int]],
         lengths: list[int],
     ) -> None:
-        """Fill all static tensors of a shape with one copy."""
         host = self._hosts.get(id(inputs))
         if host is None:
-            host = self._hosts[id(inputs)] = torch.zeros(inputs.flat.shape, dtype=torch.int64).pin_memory()
-        rows, spare = inputs.main, inputs.batch - len(tokens)
-        flat: list[int] = []
-        for part, filler in ((tokens, 0), (parents, -2), (positions, 0)):
-            for row in part:
-                flat.extend(row)
-            flat.extend([filler] * (rows * spare))
-        flat.extend(lengths)
-        flat.extend([0] * spare)
-        flat.extend(range(inputs.batch))
-        start = inputs.offsets[5]
-        host[:start] = torch.tensor(flat)
-        if inputs.bits is not None:
-            words = inputs.bits.shape[1]
-            packed: list[int] = []
-            for row_parents in [*parents, *([[-2] * rows] * spare)]:
-                seen: list[int] = []
-                for at, parent in enumerate(row_parents):
-                    seen.append((seen[parent] if parent >= 0 else 0) | (1 << at))
-                for mask in seen:
-                    packed.extend((mask >> (32 * word)) & 0xFFFFFFFF for word in range(words))
-            view = host[start:].view(torch.int32)
-            view[: len(packed)] = torch.tensor(packed, dtype=torch.int64).to(torch.int32)
-        inputs.flat.copy_(host, non_blocking=True)
+            host = self._hosts[id(inputs)] = host_tensor(inputs.flat)
+        fill(host, inputs, tokens, parents, positions, lengths)
 
-    def _lane(self, batch: int, rows: int) -> _Lane:
+    def _lane(self, batch: int, rows: int) -> Lane:
         key = (batch, rows)
         if key not in self._lanes:
             with torch.inference_mode(False):
-                self._lanes[key] = _Lane(batch, rows, self.fast.plan.vocabulary, self.fast.plan.device)
+                self._lanes[key] = Lane(batch, rows, self.fast.plan.vocabulary, self.fast.plan.device)
         return self._lanes[key]
 
-    def _launch(
-        self, cache: BlockCache, inputs: Inputs, lane: _Lane, entries: int, batch: int, taps: frozenset[str]
+    def _fly(
+        self,
+        cache: BlockCache,
+        inputs: Inputs,
+        lane: Lane,
+        entries: int,
+        taps: frozenset[str],
+        draft: DeviceDraft | None,
     ) -> None:
-        """Start one round on the tensors of a shape."""
-        cache.reserve(slots=batch, capacity=entries)
-        events = [torch.cuda.Event(enable_timing=True) for _ in range(3)]  # type: ignore[no-untyped-call]
-        events[0].record()
-        outputs = self.fast.launch(inputs, cache, entries=entries, layer_ids=self._layer_ids, taps=taps)
-        events[1].record()
-        assert outputs.logits is not None  # asked for
-        self._walk(cache, inputs, lane, outputs.logits)
-        result = lane.results[lane.turn]
-        lane.turn = (lane.turn + 1) % len(lane.results)
+        """Start one round on the tensors of a shape. All is captured before anything is launched."""
+        cache.reserve(slots=inputs.batch, capacity=entries)
+        drafting = None if draft is None else self._draft_graph(draft, inputs, lane)
+        passing = self.fast.graph(inputs, cache, entries=entries, layer_ids=self._layer_ids, taps=taps)
+        walking = self._walk_graph(cache, inputs, lane, passing.result, draft)
+        marks = [torch.cuda.Event(enable_timing=True) for _ in range(4)]  # type: ignore[no-untyped-call]
+        marks[0].record()
+        if draft is not None and drafting is not None:
+            drafting()
+            draft.launched(len(self._flying))
+        marks[1].record()
+        outputs = passing()
+        marks[2].record()
+        walking()
+        result = lane.next_result()
         result.copy_(lane.emitted, non_blocking=True)
-        events[2].record()
-        self._flying.append(_Flight(result, outputs.taps, (events[0], events[1], events[2])))
+        marks[3].record()
+        self._flying.append(Flight(result, outputs.taps, marks))
 
-    def _walk(self, cache: BlockCache, inputs: Inputs, lane: _Lane, logits: Tensor) -> None:
-        graphs = self._graphs.setdefault(cache, {})
-        key = (cache.generation, id(inputs), logits.data_ptr(), self._sampled)
+    def _draft_graph(self, draft: DeviceDraft, inputs: Inputs, lane: Lane) -> Captured:
+        key = draft.reserve(len(self._flying))
+        graphs = self._drafts.setdefault(draft, {})
+        shape = (key, id(inputs), self._sampled)
+        if shape not in graphs:
+            for old in [k for k in graphs if k[0].generation != key.generation]:
+                del graphs[old]
+            work = self._draft_work(draft, key, inputs, lane)
+            graphs[shape] = self.fast.capture_work(
+                lambda: work(warm=False),
+                f"drafts of {inputs.batch} x {draft.nodes} nodes behind up to {key.reach} rows",
+                lambda: work(warm=True),
+            )
+        return graphs[shape]
+
+    def _draft_work(self, draft: DeviceDraft, key: DraftKey, inputs: Inputs, lane: Lane) -> Callable[..., None]:
+        sampled, vocabulary = self._sampled, self.fast.plan.vocabulary
+
+        def work(*, warm: bool) -> None:
+            draws = None
+            if sampled and draft.coupling is not None:
+                u = numbers_ahead(lane.seeds, lane.requests, inputs.lengths, draft.depth)
+                draws = Draws(u, lane.temperature, draft.coupling)
+            tokens, parents = draft.draft(key, inputs.batch, draws, warm=warm)
+            lay(tokens, parents, draft.depth, lane.room, vocabulary, inputs)
+
+        return work
+
+    def _walk_graph(
+        self, cache: BlockCache, inputs: Inputs, lane: Lane, outputs: Any, draft: DeviceDraft | None
+    ) -> Captured:
+        logits: Tensor = outputs.logits
+        graphs = self._walks.setdefault(cache, {})
+        key = (cache.generation, id(inputs), logits.data_ptr(), self._sampled, draft)
         if key not in graphs:
             for old in [k for k in graphs if k[0] != cache.generation]:
                 del graphs[old]
             table, like, sampled = cache.table(), cache.tensors()[0][0], self._sampled
 
-            def work(emitted: Tensor, path: Tensor, counts: Tensor, keep: Tensor, ahead: Inputs) -> None:
+            def work(
+                emitted: Tensor, path: Tensor, counts: Tensor, keep: Tensor, room: Tensor, ahead: Inputs, *, warm: bool
+            ) -> None:
                 chosen = lane.chooser(
-                    logits, lane.temperature, lane.keys[0], lane.keys[1], ahead.positions, sampled=sampled
+                    logits, lane.temperature, lane.seeds, lane.requests, ahead.positions, sampled=sampled
                 )
-                walk(ahead.tokens, ahead.parents, chosen, emitted, path, counts)
+                walk(ahead.tokens, ahead.parents, ahead.positions, chosen, emitted, path, counts)
                 if inputs.main > 1:
                     keep_entries(table, like, path, keep, ahead.lengths, ahead.slots)
-                advance(emitted, counts, ahead.tokens, ahead.positions, ahead.lengths)
+                advance(emitted, counts, room, ahead.tokens, ahead.positions, ahead.lengths)
+                if draft is not None:
+                    draft.collect(outputs.taps, path, emitted[:, 1 : 1 + inputs.main], counts, warm=warm)
 
-            def warm() -> None:  # on copies, and keeping nothing: running twice would commit twice
+            def on_copies() -> None:  # on copies, and keeping nothing: running twice would commit twice
                 spare = type(inputs).empty(inputs.batch, inputs.main, inputs.flat.device, chain=False)
-                work(lane.emitted.clone(), lane.path.clone(), lane.counts.clone(), torch.zeros_like(lane.counts), spare)
+                emitted, path, counts = lane.emitted.clone(), lane.path.clone(), lane.counts.clone()
+                work(emitted, path, counts, torch.zeros_like(counts), lane.room.clone(), spare, warm=True)
 
             graphs[key] = self.fast.capture_work(
-                lambda: work(lane.emitted, lane.path, lane.counts, lane.counts, inputs),
+                lambda: work(lane.emitted, lane.path, lane.counts, lane.counts, lane.room, inputs, warm=False),
                 f"a walk over {inputs.batch} x {inputs.main} rows",
-                warm,
+                on_copies,
             )
-        graphs[key]()
+        return graphs[key]
+
+
+def _device_draft(drafter: Drafter | None) -> DeviceDraft | None:
+    """How a drafter drafts on the device, where its trees can be laid there."""
+    draft = drafter.device_draft() if drafter is not None else None
+    return draft if draft is not None and draft.nodes < WIDEST else None
 
 
 def _nodes(tree: Tree, tokens: Sequence[int]) -> tuple[int, ...]:

@@ -139,7 +139,26 @@ class FastPass:
         scout_logits: bool = False,
         adapter: GatedLoRA | None = None,
     ) -> Outputs:
-        """Replay the pass of this shape (capture it first, if need be). The outputs are overwritten by the next one.
+        """Replay the pass of this shape (capture it first, if need be). The outputs are overwritten by the next one."""
+        result: Outputs = self.graph(
+            inputs, cache, entries=entries, layer_ids=layer_ids, taps=taps, logits=logits, scout_logits=scout_logits,
+            adapter=adapter,
+        )()  # fmt: skip
+        return result
+
+    def graph(
+        self,
+        inputs: Inputs,
+        cache: BlockCache,
+        *,
+        entries: int,
+        layer_ids: tuple[int, ...],
+        taps: Collection[str] = (),
+        logits: bool = True,
+        scout_logits: bool = False,
+        adapter: GatedLoRA | None = None,
+    ) -> Captured:
+        """The pass of this shape, captured; its `result` are `Outputs`.
 
         entries: cache entries in use, the block's rows included.
 
@@ -169,8 +188,7 @@ class FastPass:
                 )  # fmt: skip
 
             found = graphs[key] = self.capture_work(work, what)
-        result: Outputs = found()
-        return result
+        return found
 
     def capture_work(self, work: Callable[[], Any], what: str, warm: Callable[[], Any] | None = None) -> Captured:
         """Capture a piece of work into the shared pool.

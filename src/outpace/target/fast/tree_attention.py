@@ -93,7 +93,7 @@ def _step(
 
 @triton.jit
 def _attention_kernel(
-    QUERY, KEYS, VALUES, PARTIAL, STATE, LENGTHS, SLOTS, BITS, POSITIONS, R, capacity, splits, scale, window,
+    QUERY, KEYS, VALUES, PARTIAL, STATE, LENGTHS, SLOTS, BITS, POSITIONS, R, span, capacity, splits, scale, window,
     HEADS: tl.constexpr, KEY_HEADS: tl.constexpr, SIZE: tl.constexpr, PADDED: tl.constexpr, WORDS: tl.constexpr,
     BM: tl.constexpr, BK: tl.constexpr, CHAIN: tl.constexpr, WINDOWED: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
@@ -114,7 +114,7 @@ def _attention_kernel(
     at = (request * R + row)[:, None] * (HEADS * SIZE) + head[:, None] * SIZE + ds[None, :]
     query = tl.load(QUERY + at, mask=inside[:, None] & real, other=0.0)
     position = tl.load(POSITIONS + request * R + row, mask=inside, other=0)
-    total = tl.minimum(length + R, capacity)
+    total = tl.minimum(length + span, capacity)
     start = _start_of(split)
     largest = tl.full([BM], float("-inf"), tl.float32)
     mass = tl.zeros([BM], tl.float32)
@@ -194,12 +194,16 @@ def tree_attention(
     scaling: float,
     window: int | None,
     workspace: Workspace,
+    span: int | None = None,
     pdl: bool = False,
 ) -> Tensor:
     """Attention of B * R rows; the rows' own keys are already in the cache behind each request's length.
 
+    span: entries behind the length that bits speak of, where those are not the R rows themselves.
+
     query: [B * R, heads, size]; keys, values: [slots, key heads, capacity, size]; lengths, slots: [B] int64;
-    positions: [B * R] int64; bits: [B * R, ceil(R / 32)] int32, which rows of the block each row sees (None: a chain).
+    positions: [B * R] int64; bits: [B * R, words] int32, which of the entries behind the length each row sees (None: a
+    chain).
     Returns [B * R, heads, size].
     """
     rows, heads, size = query.shape
@@ -212,9 +216,10 @@ def tree_attention(
     options: dict[str, Any] = launch_options(pdl)
     _attention_kernel[(batch * key_heads, workspace.splits, triton.cdiv(packed, TILE_ROWS))](
         query, keys, values, workspace.partial, workspace.state, lengths, slots, bits, positions, per_request,
-        keys.shape[2], workspace.splits, scaling * _LOG2_E, window or 0, HEADS=heads, KEY_HEADS=key_heads, SIZE=size,
-        PADDED=padded, WORDS=bits.shape[-1] if bits is not None else 1, BM=TILE_ROWS, BK=_KEYS, CHAIN=bits is None,
-        WINDOWED=window is not None, PDL=pdl, num_warps=4, num_stages=3 if size <= 128 else 2, **options,
+        span or per_request, keys.shape[2], workspace.splits, scaling * _LOG2_E, window or 0, HEADS=heads,
+        KEY_HEADS=key_heads, SIZE=size, PADDED=padded, WORDS=bits.shape[-1] if bits is not None else 1, BM=TILE_ROWS,
+        BK=_KEYS, CHAIN=bits is None, WINDOWED=window is not None, PDL=pdl, num_warps=4,
+        num_stages=3 if size <= 128 else 2, **options,
     )  # fmt: skip
     _combine_kernel[(rows * heads,)](
         workspace.partial, workspace.state, out, workspace.splits, SIZE=size, PADDED=padded, CHUNK=_CHUNK,

@@ -1,0 +1,90 @@
+"""What a drafter does in rounds that stay on the device: one piece of work to capture, one to gather what is owed.
+
+    draft graph   draft(...)  -> tokens, parents      the engine lays them into the pass's rows
+    pass graph    the target, with taps
+    walk graph    collect(...)                        behind choosing, walking and committing
+
+Both pieces launch kernels on tensors that keep their place and never wait for the device, so that the engine may launch
+a round before the host has read the last one. The host's side of the drafter learns of it through four verbs: `join`
+(these requests, in this order), `launched`, `settle` (a round has been read), `leave` (the host takes over again).
+
+A round that was launched ahead and thrown away has read what the round before it left: those rows are committed and
+stay. What it left itself is forgotten.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from outpace.drafters.base import Context
+    from outpace.drafters.growth import Draws
+
+
+class DraftKey(NamedTuple):
+    """What a captured draft holds for, besides its shape.
+
+    Attributes:
+        generation: of the tensors of the drafter's cache; graphs of another one are stale.
+        reach: entries of that cache it can read.
+    """
+
+    generation: int
+    reach: int
+
+
+class DeviceDraft(ABC):
+    """Drafts that are made on the device, all requests of a batch at once.
+
+    Attributes:
+        depth: deepest token of a draft. nodes: nodes of every draft, the same in all rounds.
+        coupling: see `growth.Draws`; None where the path's numbers are not looked at.
+    """
+
+    depth: int
+    nodes: int
+    coupling: float | None
+
+    @abstractmethod
+    def join(self, context: Context, batch: int) -> None:
+        """Take over from the host: request b of the context is row b of the drafts to come; nothing is left owed.
+
+        batch: rows of a draft; those behind the context's requests are empty.
+        """
+
+    @abstractmethod
+    def reserve(self, ahead: int) -> DraftKey:
+        """Make room for one more draft behind `ahead` rounds the host has not read yet."""
+
+    @abstractmethod
+    def draft(self, key: DraftKey, batch: int, draws: Draws | None, *, warm: bool = False) -> tuple[Tensor, Tensor]:
+        """Read what is owed, and draft: (tokens, parents), [batch, nodes] int64, parents before children, -1: the root.
+
+        A token of -1 is no node. Captured; `warm`: called to warm up, and has to leave no traces.
+        """
+
+    @abstractmethod
+    def collect(
+        self, taps: Mapping[str, Tensor], path: Tensor, emitted: Tensor, counts: Tensor, *, warm: bool = False
+    ) -> None:
+        """Keep what the next draft reads of a round. Captured, behind the walk; `warm` as above.
+
+        taps: of the pass, [batch, R, H] each; path: [batch, R] int64, accepted rows, the root first; emitted:
+        [batch, R] int64, the tokens behind them (-1: there was no law); counts: [batch] int64, how many.
+        """
+
+    @abstractmethod
+    def launched(self, ahead: int) -> None:
+        """A draft has been launched, with `ahead` rounds under way that the host has not read."""
+
+    @abstractmethod
+    def settle(self, emitted: Sequence[Sequence[int]], ahead: int) -> None:
+        """The host has read a round: what it emitted per request, and how many rounds were launched since."""
+
+    @abstractmethod
+    def leave(self) -> None:
+        """Hand over to the host: whatever is owed and unread becomes its own. Rounds under way are thrown away."""

@@ -1,0 +1,326 @@
+"""Kernels of a draft that is made on the device, beside those of `target.fast`.
+
+    collect    what the next draft reads of a round: taps along the accepted path, tokens
+    enter      embedding and state of each row side by side, normed, for the block
+    expand     the same for the nodes of a depth that are expanded, which it chooses
+    top        the output of the last row read, and how many rows are kept now
+    tiles      of each piece of the vocabulary: sum of exp, and its best tokens
+    births     the best children of each row, with the value of their paths
+    keep       of all that was born the most probable nodes, parents renumbered
+
+Each has its definition in `drafters.growth`. Choices between equal values fall on the lower index.
+"""
+
+# Triton's language is its own: arguments have no Python types, and constants are written in capitals.
+# ruff: noqa: ANN001, ANN201, ANN202, N803
+# mypy: disable-error-code="no-untyped-def, untyped-decorator, no-untyped-call"
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from outpace.target.fast.launch import enter_kernel
+
+
+@triton.jit
+def _rms(x, GAMMA, at, real, eps, SIZE: tl.constexpr):
+    """RMS norm of one row, in float32."""
+    gamma = tl.load(GAMMA + at, mask=real, other=0.0).to(tl.float32)
+    return x * tl.rsqrt(tl.sum(x * x, 0) / SIZE + eps) * gamma
+
+
+@triton.jit
+def collect_kernel(
+    TAP0, TAP1, TAP2, TAP3, GAMMA0, GAMMA1, GAMMA2, GAMMA3, PATH, EMITTED, COUNTS, RAW, READY, SQUARES, TOKENS, OWED,
+    R, emitted_stride, W, eps,
+    TAPS: tl.constexpr, SIZE: tl.constexpr, BLOCK: tl.constexpr, EACH: tl.constexpr, ALL: tl.constexpr,
+):  # fmt: skip
+    """RAW: taps as they are; READY: behind a norm of each tap (EACH), or scaled for a norm over all of them (ALL)."""
+    row = tl.program_id(0)
+    tap = tl.program_id(1)
+    request = row // W
+    step = row % W
+    at = tl.arange(0, BLOCK)
+    real = at < SIZE
+    source = (request * R + tl.load(PATH + request * R + step)) * SIZE + at
+    if tap == 0:
+        x = tl.load(TAP0 + source, mask=real, other=0.0).to(tl.float32)
+    elif tap == 1:
+        x = tl.load(TAP1 + source, mask=real, other=0.0).to(tl.float32)
+    elif tap == 2:
+        x = tl.load(TAP2 + source, mask=real, other=0.0).to(tl.float32)
+    else:
+        x = tl.load(TAP3 + source, mask=real, other=0.0).to(tl.float32)
+    to = (row * TAPS + tap).to(tl.int64) * SIZE + at
+    tl.store(RAW + to, x.to(RAW.dtype.element_ty), mask=real)
+    if EACH or ALL:
+        if tap == 0:
+            gamma = tl.load(GAMMA0 + at, mask=real, other=0.0).to(tl.float32)
+        elif tap == 1:
+            gamma = tl.load(GAMMA1 + at, mask=real, other=0.0).to(tl.float32)
+        elif tap == 2:
+            gamma = tl.load(GAMMA2 + at, mask=real, other=0.0).to(tl.float32)
+        else:
+            gamma = tl.load(GAMMA3 + at, mask=real, other=0.0).to(tl.float32)
+        squares = tl.sum(x * x, 0)
+        if ALL:
+            tl.store(SQUARES + row * TAPS + tap, squares)
+            scale = 1.0
+        else:
+            scale = tl.rsqrt(squares / SIZE + eps)
+        tl.store(READY + to, (x * scale * gamma).to(READY.dtype.element_ty), mask=real)
+    if tap == 0:
+        tl.store(TOKENS + row, tl.maximum(tl.load(EMITTED + request * emitted_stride + step), 0))
+        if step == 0:
+            tl.store(OWED + request, tl.load(COUNTS + request))
+
+
+@triton.jit
+def _halves(
+    EMBED, Y, BOTH, RESIDUAL, NORM_EMBED, NORM_STATE, NORM_OUT, row, token, source, eps,
+    SIZE: tl.constexpr, BLOCK: tl.constexpr, EMBED_NORMED: tl.constexpr, STATE_NORMED: tl.constexpr,
+    OUT_NORMED: tl.constexpr, EMBED_FIRST: tl.constexpr, KEEP: tl.constexpr,
+):  # fmt: skip
+    """Row `row` of BOTH [M, 2 * SIZE]; KEEP: 1 the state as the residual, 2 the normed one."""
+    at = tl.arange(0, BLOCK)
+    real = at < SIZE
+    kind = BOTH.dtype.element_ty
+    embedded = tl.load(EMBED + token.to(tl.int64) * SIZE + at, mask=real, other=0.0).to(tl.float32)
+    if EMBED_NORMED:
+        embedded = _rms(embedded, NORM_EMBED, at, real, eps, SIZE)
+    state = tl.load(Y + source.to(tl.int64) * SIZE + at, mask=real, other=0.0).to(tl.float32)
+    if OUT_NORMED:
+        state = _rms(state, NORM_OUT, at, real, eps, SIZE).to(kind).to(tl.float32)
+    normed = state
+    if STATE_NORMED:
+        normed = _rms(state, NORM_STATE, at, real, eps, SIZE)
+    corner = BOTH + row.to(tl.int64) * 2 * SIZE + at
+    if EMBED_FIRST:
+        tl.store(corner, embedded.to(kind), mask=real)
+        tl.store(corner + SIZE, normed.to(kind), mask=real)
+    else:
+        tl.store(corner + SIZE, embedded.to(kind), mask=real)
+        tl.store(corner, normed.to(kind), mask=real)
+    if KEEP == 1:
+        tl.store(RESIDUAL + row.to(tl.int64) * SIZE + at, state.to(kind), mask=real)
+    if KEEP == 2:
+        tl.store(RESIDUAL + row.to(tl.int64) * SIZE + at, normed.to(kind), mask=real)
+
+
+@triton.jit
+def enter_rows_kernel(
+    EMBED, Y, BOTH, RESIDUAL, NORM_EMBED, NORM_STATE, NORM_OUT, TOKENS, AT, POSITIONS, W, eps,
+    SIZE: tl.constexpr, BLOCK: tl.constexpr, EMBED_NORMED: tl.constexpr, STATE_NORMED: tl.constexpr,
+    EMBED_FIRST: tl.constexpr, KEEP: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """W rows of each request, from position AT on; their states are rows of Y."""
+    row = tl.program_id(0)
+    enter_kernel(PDL)
+    tl.store(POSITIONS + row, tl.load(AT + row // W) + row % W)
+    _halves(
+        EMBED, Y, BOTH, RESIDUAL, NORM_EMBED, NORM_STATE, NORM_OUT, row, tl.load(TOKENS + row), row, eps,
+        SIZE, BLOCK, EMBED_NORMED, STATE_NORMED, False, EMBED_FIRST, KEEP,
+    )  # fmt: skip
+
+
+@triton.jit
+def _places(base, value, node, COUNT, BLOCK: tl.constexpr, STEP: tl.constexpr):
+    """How many of the COUNT values at `base` come before each of them: larger ones, and equal ones in front."""
+    place = tl.zeros([BLOCK], tl.int32)
+    for begin in range(0, COUNT, STEP):
+        index = begin + tl.arange(0, STEP)
+        other = tl.load(base + index, mask=index < COUNT, other=float("-inf"))
+        before = (other[None, :] == value[:, None]) & (index[None, :] < node[:, None])
+        before = (before | (other[None, :] > value[:, None])) & (index < COUNT)[None, :]
+        place += tl.sum(before.to(tl.int32), 1)
+    return place
+
+
+@triton.jit
+def expand_kernel(
+    EMBED, Y, BOTH, RESIDUAL, NORM_EMBED, NORM_STATE, NORM_OUT, BORN_TOKENS, BORN_VALUES, AT, ABOVE,
+    VALUES, BIRTHS, POSITIONS, ENTRIES, BITS, born, start, COUNT, depth, eps,
+    K: tl.constexpr, WORDS: tl.constexpr, CHOICES: tl.constexpr, STEP: tl.constexpr, FIRST: tl.constexpr,
+    SIZE: tl.constexpr, BLOCK: tl.constexpr, EMBED_NORMED: tl.constexpr, STATE_NORMED: tl.constexpr,
+    OUT_NORMED: tl.constexpr, EMBED_FIRST: tl.constexpr, KEEP: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """The K best of COUNT nodes born at one depth, best first; `depth` is theirs. FIRST: children of the root."""
+    row = tl.program_id(0)
+    request = row // K
+    rank = row % K
+    enter_kernel(PDL)
+    node = tl.arange(0, CHOICES)
+    base = BORN_VALUES + request * born + start
+    value = tl.load(base + node, mask=node < COUNT, other=float("-inf"))
+    place = _places(base, value, node, COUNT, CHOICES, STEP)
+    pick = tl.min(tl.where((place == rank) & (node < COUNT), node, COUNT - 1), 0)
+    token = tl.maximum(tl.load(BORN_TOKENS + request * born + start + pick), 0)
+    length = tl.load(AT + request)
+    tl.store(VALUES + row, tl.load(base + pick))
+    tl.store(BIRTHS + row, start + pick)
+    tl.store(POSITIONS + row, length + depth - 1)
+    if rank == 0:
+        tl.store(ENTRIES + request, length + (depth - 1) * K)
+    own = (depth - 1) * K + rank
+    slot = request * K + pick // K
+    for word in tl.static_range(WORDS):
+        bits = tl.where(own >> 5 == word, 1 << (own & 31), 0)
+        if not FIRST:
+            bits = bits | tl.load(ABOVE + slot * WORDS + word)
+        tl.store(BITS + row * WORDS + word, bits)
+    source = request if FIRST else slot
+    _halves(
+        EMBED, Y, BOTH, RESIDUAL, NORM_EMBED, NORM_STATE, NORM_OUT, row, token, source, eps,
+        SIZE, BLOCK, EMBED_NORMED, STATE_NORMED, OUT_NORMED, EMBED_FIRST, KEEP,
+    )  # fmt: skip
+
+
+@triton.jit
+def top_kernel(
+    Y, TOP, SCALED, SQUARES, GAMMA, COUNTS, AT, W,
+    SIZE: tl.constexpr, BLOCK: tl.constexpr, NORMED: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """TOP: the last row read, where one was; AT moves on. SCALED and SQUARES: for the norm in front of the head."""
+    request = tl.program_id(0)
+    enter_kernel(PDL)
+    at = tl.arange(0, BLOCK)
+    real = at < SIZE
+    count = tl.load(COUNTS + request)
+    length = tl.load(AT + request)
+    new = tl.load(Y + (request * W + tl.maximum(count - 1, 0)) * SIZE + at, mask=real, other=0.0)
+    old = tl.load(TOP + request * SIZE + at, mask=real, other=0.0)
+    top = tl.where(count > 0, new, old.to(new.dtype))
+    tl.store(TOP + request * SIZE + at, top.to(TOP.dtype.element_ty), mask=real)
+    tl.store(AT + request, length + count)
+    if NORMED:
+        wide = top.to(tl.float32)
+        gamma = tl.load(GAMMA + at, mask=real, other=0.0).to(tl.float32)
+        tl.store(SCALED + request * SIZE + at, (wide * gamma).to(SCALED.dtype.element_ty), mask=real)
+        tl.store(SQUARES + request, tl.sum(wide * wide, 0))
+
+
+@triton.jit
+def tiles_kernel(
+    LOGITS, PEAKS, SUMS, BEST, IDS, TEMPERATURE, PER, V, TILES,
+    K: tl.constexpr, BLOCK: tl.constexpr, SAMPLED: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """Of one tile of a row: the largest logit, the sum of exp((logit - largest) / temperature), the K best tokens."""
+    row = tl.program_id(0)
+    tile = tl.program_id(1)
+    enter_kernel(PDL)
+    at = tile * BLOCK + tl.arange(0, BLOCK)
+    inside = at < V
+    logits = tl.load(LOGITS + row.to(tl.int64) * V + at, mask=inside, other=float("-inf")).to(tl.float32)
+    peak = tl.max(logits, 0)
+    weight = logits - peak
+    if SAMPLED:
+        heat = tl.load(TEMPERATURE + row // PER)
+        weight = weight / tl.where(heat > 0, heat, 1.0)
+    spot = row * TILES + tile
+    tl.store(PEAKS + spot, peak)
+    tl.store(SUMS + spot, tl.sum(tl.where(inside, tl.exp(weight), 0.0), 0))
+    best = peak
+    for rank in tl.static_range(K):
+        chosen = tl.min(tl.where((logits == best) & inside, at, V), 0)
+        tl.store(BEST + spot * K + rank, best)
+        tl.store(IDS + spot * K + rank, chosen)
+        if rank + 1 < K:
+            logits = tl.where(at == chosen, float("-inf"), logits)
+            best = tl.max(logits, 0)
+
+
+@triton.jit
+def births_kernel(
+    LOGITS, PEAKS, SUMS, BEST, IDS, TEMPERATURE, U, OFFSETS, VALUES, BIRTHS, BORN_TOKENS, BORN_PARENTS, BORN_VALUES,
+    PER, V, TILES, born, start, step, steps, coupling,
+    K: tl.constexpr, BLOCK: tl.constexpr, WIDTH: tl.constexpr, CHOICES: tl.constexpr, FIRST: tl.constexpr,
+    SAMPLED: tl.constexpr, REDUCED: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """The K best children of one row, best first, at births `start + K * (row of the request)` on.
+
+    SAMPLED: the token that the row's law gives at the path's number U[request, step] counts as `coupling` more
+    probable; it has a place of its own among the choices, behind those of the tiles.
+    """
+    row = tl.program_id(0)
+    request = row // PER
+    enter_kernel(PDL)
+    tiles = tl.arange(0, WIDTH)
+    there = tiles < TILES
+    peaks = tl.load(PEAKS + row * TILES + tiles, mask=there, other=float("-inf"))
+    sums = tl.load(SUMS + row * TILES + tiles, mask=there, other=0.0)
+    peak = tl.max(peaks, 0)
+    heat = 1.0
+    if SAMPLED:
+        given = tl.load(TEMPERATURE + request)
+        heat = tl.where(given > 0, given, 1.0)
+    sums = tl.where(there, sums * tl.exp((peaks - peak) / heat), 0.0)
+    total = tl.sum(sums, 0)
+    mass = tl.log(total)
+    choice = tl.arange(0, CHOICES)
+    listed = choice < TILES * K
+    best = tl.load(BEST + row * TILES * K + choice, mask=listed, other=float("-inf"))
+    ids = tl.load(IDS + row * TILES * K + choice, mask=listed, other=V)
+    score = (best - peak) / heat - mass
+    if SAMPLED:
+        goal = tl.load(U + request * steps + step) * total
+        reached = tl.cumsum(sums, 0)
+        tile = tl.min(tl.where((reached > goal) & there, tiles, TILES - 1), 0)
+        below = tl.sum(tl.where(tiles < tile, sums, 0.0), 0)
+        at = tile * BLOCK + tl.arange(0, BLOCK)
+        inside = at < V
+        logits = tl.load(LOGITS + row.to(tl.int64) * V + at, mask=inside, other=float("-inf")).to(tl.float32)
+        within = below + tl.cumsum(tl.where(inside, tl.exp((logits - peak) / heat), 0.0), 0)
+        drawn = tl.min(tl.where((within > goal) & inside, at, V - 1), 0)
+        drawn = tl.where(given > 0, drawn, -1)
+        share = tl.where(given > 0, coupling, 0.0)
+        own = tl.exp(tl.max(tl.where(at == drawn, logits - peak, float("-inf")), 0) / heat - mass)
+        lifted = tl.log((1.0 - share) * own + share)
+        score = score + tl.log(1.0 - share)
+        score = tl.where(ids == drawn, float("-inf"), score)
+        extra = choice == tl.where(given > 0, TILES * K, CHOICES)
+        score = tl.where(extra, lifted, score)
+        ids = tl.where(extra, drawn, ids)
+        listed = listed | extra
+    value = 0.0
+    parent = -1
+    if not FIRST:
+        value = tl.load(VALUES + row)
+        parent = tl.load(BIRTHS + row)
+    spot = request * born + start + (row % PER) * K
+    for rank in tl.static_range(K):
+        highest = tl.max(score, 0)
+        chosen = tl.min(tl.where((score == highest) & listed, ids, V), 0)
+        known = chosen < V
+        token = chosen.to(tl.int64)
+        if REDUCED:
+            token += tl.load(OFFSETS + chosen, mask=known, other=0)
+        tl.store(BORN_TOKENS + spot + rank, tl.where(known, token, -1))
+        tl.store(BORN_VALUES + spot + rank, value + tl.minimum(highest, 0.0))
+        tl.store(BORN_PARENTS + spot + rank, parent)
+        score = tl.where(ids == chosen, float("-inf"), score)
+
+
+@triton.jit
+def keep_kernel(
+    BORN_TOKENS, BORN_PARENTS, BORN_VALUES, AT, NUMBERS, TOKENS, PARENTS, born, COUNT,
+    BLOCK: tl.constexpr, STEP: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """The COUNT nodes of most value in order of birth; -1 for tokens of a request that nothing was read of."""
+    request = tl.program_id(0)
+    enter_kernel(PDL)
+    node = tl.arange(0, BLOCK)
+    real = node < born
+    base = request * born
+    value = tl.load(BORN_VALUES + base + node, mask=real, other=float("-inf"))
+    keep = real & (_places(BORN_VALUES + base, value, node, born, BLOCK, STEP) < COUNT)
+    number = tl.cumsum(keep.to(tl.int32), 0) - 1
+    keep = keep & (number < COUNT)
+    tl.store(NUMBERS + base + node, number, mask=keep)
+    tl.debug_barrier()  # numbers of parents are read by other threads
+    parent = tl.load(BORN_PARENTS + base + node, mask=keep, other=-1)
+    up = tl.load(NUMBERS + base + parent, mask=keep & (parent >= 0), other=-1)
+    token = tl.load(BORN_TOKENS + base + node, mask=keep, other=-1)
+    token = tl.where(tl.load(AT + request) > 0, token, -1)
+    tl.store(TOKENS + request * COUNT + number, token, mask=keep)
+    tl.store(PARENTS + request * COUNT + number, up.to(tl.int64), mask=keep)

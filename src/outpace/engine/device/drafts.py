@@ -1,0 +1,114 @@
+"""Between a draft and its pass, on the device: the path's numbers ahead, and a tree laid into the rows of a pass."""
+
+# Triton's language is its own: arguments have no Python types, and constants are written in capitals.
+# ruff: noqa: ANN001, ANN202, N803
+# mypy: disable-error-code="no-untyped-def, untyped-decorator, no-untyped-call"
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Final
+
+import torch
+import triton
+import triton.language as tl
+
+from outpace.engine.device.kernels import path_number
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from outpace.target.fast.forward import Inputs
+
+WIDEST: Final = 128  # rows a tree can be laid into: one program holds who sees whom
+NO_ROOM: Final = -(1 << 40)  # of a request that is not to be drafted for
+
+
+@triton.jit
+def _numbers_kernel(SEEDS, REQUESTS, LENGTHS, U, DEPTH, BLOCK: tl.constexpr):
+    request = tl.program_id(0)
+    ahead = tl.arange(0, BLOCK)
+    position = tl.load(LENGTHS + request) + 1 + ahead
+    u = path_number(tl.load(SEEDS + request), tl.load(REQUESTS + request), position)
+    tl.store(U + request * DEPTH + ahead, u.to(tl.float32), mask=ahead < DEPTH)
+
+
+@triton.jit
+def _lay_kernel(
+    DRAFT, ABOVE, ROOM, LENGTHS, TOKENS, PARENTS, POSITIONS, BITS, N, R, V, DEPTH,
+    BLOCK: tl.constexpr, WORDS: tl.constexpr,
+):  # fmt: skip
+    """One request's tree, depth first, behind its root: a node's row is 1 + how many nodes come before it."""
+    request = tl.program_id(0)
+    node = tl.arange(0, BLOCK)
+    real = node < N
+    token = tl.load(DRAFT + request * N + node, mask=real, other=-1)
+    named = tl.load(ABOVE + request * N + node, mask=real, other=-1).to(tl.int32)
+    above = tl.where(named < node, named, -1)
+    room = tl.load(ROOM + request)
+    length = tl.load(LENGTHS + request)
+    seen = (node[:, None] == node[None, :]) & real[:, None]  # [i, j]: node j is node i, or above it
+    depth = tl.where(real, 1, 0)
+    up = above
+    for _ in range(1, DEPTH):
+        seen = seen | (up[:, None] == node[None, :])
+        depth += (up >= 0).to(tl.int32)
+        higher = tl.load(ABOVE + request * N + up, mask=up >= 0, other=-1).to(tl.int32)
+        up = tl.where(higher < up, higher, -1)
+    size = tl.sum(seen.to(tl.int32), 0)  # nodes of the subtree
+    earlier = (above[:, None] == above[None, :]) & (node[None, :] < node[:, None]) & real[None, :]
+    before = tl.sum(tl.where(earlier, size[None, :], 0), 1)  # nodes below elder siblings
+    row = depth + tl.sum(tl.where(seen, before[None, :], 0), 1)
+    hangs = tl.sum(tl.where(above[:, None] == node[None, :], row[None, :], 0), 1)
+    known = (token >= 0) & (token < V)
+    valid = known & (depth <= room) & (named < node)
+    corner = request * R
+    tl.store(TOKENS + corner + row, tl.where(known, token, 0), mask=real)
+    tl.store(PARENTS + corner + row, tl.where(valid, hangs, -2).to(tl.int64), mask=real)
+    tl.store(POSITIONS + corner + row, length + depth, mask=real)
+    spare = N + 1 + node
+    unused = spare < R
+    tl.store(TOKENS + corner + spare, tl.zeros([BLOCK], tl.int64), mask=unused)
+    tl.store(PARENTS + corner + spare, tl.full([BLOCK], -2, tl.int64), mask=unused)
+    tl.store(POSITIONS + corner + spare, tl.zeros([BLOCK], tl.int64) + length, mask=unused)
+    tl.store(PARENTS + corner, -2)
+    tl.store(POSITIONS + corner, length)
+    for word in tl.static_range(WORDS):
+        own = tl.where(row >> 5 == word, tl.full([BLOCK], 1, tl.int32) << (row & 31), 0)
+        bits = tl.sum(tl.where(seen, own[None, :], 0), 1)
+        alone = tl.where(spare >> 5 == word, tl.full([BLOCK], 1, tl.int32) << (spare & 31), 0)
+        if word == 0:
+            bits = bits | 1  # everybody sees the root
+            tl.store(BITS + corner * WORDS, 1)
+        else:
+            tl.store(BITS + corner * WORDS + word, 0)
+        tl.store(BITS + (corner + row) * WORDS + word, bits, mask=real)
+        tl.store(BITS + (corner + spare) * WORDS + word, alone, mask=unused)
+
+
+def numbers_ahead(seeds: Tensor, requests: Tensor, lengths: Tensor, depth: int) -> Tensor:
+    """The path's numbers of the positions a draft is for, [B, depth] float32, as `drafters.ahead.numbers_ahead`.
+
+    seeds, requests: [B] int64, bit patterns of the unsigned keys; lengths: [B] int64, positions of the roots.
+    """
+    u = torch.empty(lengths.shape[0], depth, dtype=torch.float32, device=lengths.device)
+    _numbers_kernel[(lengths.shape[0],)](
+        seeds, requests, lengths, u, depth, BLOCK=triton.next_power_of_2(depth), num_warps=1
+    )
+    return u
+
+
+def lay(tokens: Tensor, parents: Tensor, depth: int, room: Tensor, vocabulary: int, inputs: Inputs) -> None:
+    """Make drafts the main rows of a pass; its roots and lengths are there already.
+
+    tokens, parents: [B, n] int64, parents before children, -1: the root; depth: of the deepest node; room: [B] int64.
+    A node that is deeper than `room`, or no node at all (an id outside the vocabulary, a parent behind it), keeps its
+    row and hangs on nothing, so that no walk passes it. Rows stand depth first, as `Tree.depth_first`.
+    """
+    batch, count = tokens.shape
+    rows = inputs.main
+    assert inputs.bits is not None  # rows of a chain have none
+    _lay_kernel[(batch,)](
+        tokens.contiguous(), parents.contiguous(), room, inputs.lengths, inputs.tokens, inputs.parents,
+        inputs.positions, inputs.bits, count, rows, vocabulary, depth, BLOCK=triton.next_power_of_2(rows),
+        WORDS=inputs.bits.shape[1], num_warps=1 if rows <= 32 else 4,
+    )  # fmt: skip

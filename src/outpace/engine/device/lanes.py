@@ -1,0 +1,138 @@
+"""What rounds of one shape write to on the device, and how the host fills it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Final
+
+import torch
+
+from outpace.engine.device.drafts import NO_ROOM
+from outpace.engine.device.kernels import EMITTED_EXTRA, Chooser
+from outpace.laws import NoiseDice
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from outpace.drafters import RequestContext
+    from outpace.drafters.device import DeviceDraft
+    from outpace.target.fast.forward import Inputs
+
+AHEAD: Final = 1  # rounds that are under way while the host reads the one before
+
+
+@dataclass(slots=True)
+class Flight:
+    """A round that has been launched: where its outcome will be, and when. The next pass overwrites the taps.
+
+    marks: before the draft, the pass and the walk, and behind it.
+    """
+
+    emitted: Tensor
+    taps: dict[str, Tensor]
+    marks: list[torch.cuda.Event]
+
+
+@dataclass(frozen=True, slots=True)
+class Course:
+    """What the rounds under way are for: they may go on as long as nothing of it changes.
+
+    Attributes:
+        requests: in slot order. speculate: which of them drafts are made for.
+        draft: what drafts on the device, or None for plain rounds.
+    """
+
+    requests: list[RequestContext]
+    speculate: list[bool]
+    draft: DeviceDraft | None
+
+    def serves(self, requests: Sequence[RequestContext], draft: DeviceDraft | None) -> bool:
+        """Whether these requests are played by these rounds."""
+        same = len(requests) == len(self.requests) and all(a is b for a, b in zip(requests, self.requests, strict=True))
+        return same and draft is self.draft
+
+
+class Lane:
+    """What walks of one shape write to, and the laws of the requests in it.
+
+    Attributes:
+        emitted: [B, R + 4] int64, see `kernels.walk`. path: [B, R], counts: [B] int64.
+        temperature: [B] float32. seeds, requests: [B] int64, the keys of the noise. room: [B] int64, how deep the next
+            draft may be.
+    """
+
+    def __init__(self, batch: int, rows: int, vocabulary: int, device: torch.device) -> None:
+        longs: dict[str, Any] = {"dtype": torch.int64, "device": device}
+        self.chooser = Chooser(batch * rows, vocabulary, device)
+        self.emitted = torch.zeros(batch, rows + EMITTED_EXTRA, **longs)
+        self.path = torch.zeros(batch, rows, **longs)
+        self.counts = torch.zeros(batch, **longs)
+        self.temperature = torch.zeros(batch, dtype=torch.float32, device=device)
+        self._words = torch.zeros(3, batch, **longs)
+        self.seeds, self.requests, self.room = self._words.unbind()
+        self.results = [host_tensor(self.emitted) for _ in range(AHEAD + 2)]
+        self.turn = 0
+
+    def load(self, requests: Sequence[RequestContext]) -> bool:
+        """Put the requests' laws and limits on the device; returns whether any of them samples."""
+        spare = self.counts.shape[0] - len(requests)
+        heats = [r.sampler.settings.temperature for r in requests]
+        dice = [r.sampler.dice for r in requests]
+        seeds = [_signed(d.noise.seed) for d in dice if isinstance(d, NoiseDice)]
+        names = [_signed(d.request) for d in dice if isinstance(d, NoiseDice)]
+        room = [r.depth_limit if r.speculate else NO_ROOM for r in requests]
+        pad = [0] * spare
+        self.temperature.copy_(torch.tensor([*heats, *pad], dtype=torch.float32), non_blocking=True)
+        self._words.copy_(torch.tensor([[*seeds, *pad], [*names, *pad], [*room, *([NO_ROOM] * spare)]]))
+        return any(heats)
+
+    def next_result(self) -> Tensor:
+        """Where the host will find what the coming round emits."""
+        result = self.results[self.turn]
+        self.turn = (self.turn + 1) % len(self.results)
+        return result
+
+
+def host_tensor(like: Tensor) -> Tensor:
+    """Zeros of a device tensor's shape on the host, where copies need not wait."""
+    return torch.zeros(like.shape, dtype=like.dtype, pin_memory=like.is_cuda)
+
+
+def _signed(word: int) -> int:
+    """The int64 with the bits of an unsigned 64-bit integer."""
+    return word - (1 << 64) if word >= 1 << 63 else word
+
+
+def fill(
+    host: Tensor,
+    inputs: Inputs,
+    tokens: Sequence[Sequence[int]],
+    parents: Sequence[Sequence[int]],
+    positions: Sequence[Sequence[int]],
+    lengths: Sequence[int],
+) -> None:
+    """Fill all static tensors of a shape with one copy; host: [offsets[-1]] int64, for staging."""
+    rows, spare = inputs.main, inputs.batch - len(tokens)
+    flat: list[int] = []
+    for part, filler in ((tokens, 0), (parents, -2), (positions, 0)):
+        for row in part:
+            flat.extend(row)
+        flat.extend([filler] * (rows * spare))
+    flat.extend(lengths)
+    flat.extend([0] * spare)
+    flat.extend(range(inputs.batch))
+    start = inputs.offsets[5]
+    host[:start] = torch.tensor(flat)
+    if inputs.bits is not None:
+        words = inputs.bits.shape[1]
+        packed: list[int] = []
+        for row_parents in [*parents, *([[-2] * rows] * spare)]:
+            seen: list[int] = []
+            for at, parent in enumerate(row_parents):
+                seen.append((seen[parent] if parent >= 0 else 0) | (1 << at))
+            for mask in seen:
+                packed.extend((mask >> (32 * word)) & 0xFFFFFFFF for word in range(words))
+        view = host[start:].view(torch.int32)
+        view[: len(packed)] = torch.tensor(packed, dtype=torch.int64).to(torch.int32)
+    inputs.flat.copy_(host, non_blocking=True)

@@ -1,0 +1,160 @@
+"""Drafts through fused kernels, run by Triton's interpreter: the trees, rows and outputs of `growth`."""
+
+import os
+
+import pytest
+import torch
+
+if torch.cuda.is_available():
+    pytest.skip("a GPU is there: tests/gpu runs the compiled kernels", allow_module_level=True)
+pytest.importorskip("triton", reason="needs Triton (in the dev extra on Linux)")
+if os.environ.get("TRITON_INTERPRET") != "1":
+    pytest.skip("needs TRITON_INTERPRET=1 before Triton is imported (tests/conftest.py)", allow_module_level=True)
+
+from drafters.learned import fresh
+from outpace.drafters.device import fused
+from outpace.drafters.device.contract import DraftKey
+from outpace.drafters.device.following import FollowingDraft
+from outpace.drafters.device.fused import FusedDraft, device_draft
+from outpace.drafters.eagle import Eagle, Eagle2, Eagle3
+from outpace.drafters.growth import Draws, children
+from outpace.drafters.mtp import MTP, MTPHeads
+from tiny import target
+from uncaptured import plain_attention
+
+FUSED = {
+    "eagle3": lambda: Eagle3(draft_len=3, branches=3, nodes=11, vocabulary=30),
+    "eagle3 full": lambda: Eagle3(draft_len=3, branches=2, nodes=30, vocabulary=0, layers=2, head="own"),
+    "eagle3 chain": lambda: Eagle3(draft_len=3, branches=1, nodes=3, vocabulary=30),
+    "eagle3 one": lambda: Eagle3(draft_len=1, branches=4, nodes=4, vocabulary=30),
+    "eagle3 3.0": lambda: Eagle3(
+        draft_len=3, branches=2, nodes=6, fc_norm=False, norm_output=False, norm_before_residual=True
+    ),
+    "eagle3 normed fc": lambda: Eagle3(draft_len=3, branches=2, nodes=6, fc_norm=False, norm_before_fc=True),
+    "eagle2": lambda: Eagle2(draft_len=3, branches=2, nodes=7),
+    "mtp": lambda: MTP(draft_len=3, branches=2, nodes=7, vocabulary=30),
+    "mtp 2": lambda: MTP(draft_len=3, branches=2, nodes=7, order="hidden_embed", chain_norm="none", tap="pre_norm"),
+}
+
+
+def filled(drafter, seed):
+    """A cache of three seats with kept rows, and the round that the next draft begins with."""
+    generator = torch.Generator().manual_seed(seed)
+    cache = drafter.cache
+    cache.reserve(slots=4, capacity=256)
+    for tensor in (cache.keys, cache.values, cache.top):
+        tensor.copy_(torch.randn(tensor.shape, generator=generator))
+    cache.lengths[:] = [130, 0, 7, 0]
+    cache.at.copy_(torch.tensor(cache.lengths))
+    rows = 16
+    taps = {name: torch.randn(4, rows, 32, generator=generator) for name in drafter.module.taps}
+    path = torch.stack([torch.randperm(rows, generator=generator) for _ in range(4)])
+    emitted = torch.randint(0, 40, (4, rows + 4), generator=generator)[:, 1 : 1 + rows]
+    return taps, path, emitted, torch.tensor([2, 0, 1, 0])
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("sampled", [False, True], ids=["greedy", "sampled"])
+@pytest.mark.parametrize("name", FUSED)
+def test_a_fused_draft_is_the_one_growth_makes(name, sampled, monkeypatch):
+    if name != "eagle3":  # attention's kernels take most of the time here
+        monkeypatch.setattr(fused, "tree_attention", plain_attention)
+    drafter = fresh(FUSED[name]())
+    generator = torch.Generator().manual_seed(1)
+    draws = None
+    if sampled:
+        u = torch.rand(4, drafter.shape.depth, generator=generator)
+        draws = Draws(u, torch.tensor([0.8, 1.2, 0.0, 0.5]), 0.3)
+    found = []
+    for make in (FollowingDraft, device_draft):
+        draft = make(drafter)
+        drafter.cache.generation += 1
+        drafter.cache.reserve(slots=4, capacity=256)
+        taps, path, emitted, counts = filled(drafter, 5)
+        draft.collect(taps, path, emitted, counts)
+        draft.collect({k: v + 1 for k, v in taps.items()}, path, emitted, counts + 1, warm=True)
+        key = DraftKey(drafter.cache.generation, 256)
+        draft.draft(key, 4, draws, warm=True)
+        assert drafter.cache.at.tolist() == [130, 0, 7, 0], "warming up leaves no traces"
+        tokens, parents = draft.draft(key, 4, draws)
+        cache = drafter.cache
+        kept = [t[:, seat, :, : cache.at[seat]].clone() for t in (cache.keys, cache.values) for seat in range(4)]
+        raw = draft.owed(4).features
+        found.append((tokens, parents, cache.at.tolist(), cache.top.clone(), kept, raw))
+    assert isinstance(draft, FusedDraft)
+    wanted, ours = found
+    assert ours[2] == wanted[2] == [132, 0, 8, 0]
+    assert torch.equal(ours[5], wanted[5])
+    torch.testing.assert_close(ours[3], wanted[3], atol=2e-5, rtol=2e-5)
+    for one, two in zip(ours[4], wanted[4], strict=True):
+        torch.testing.assert_close(one, two, atol=2e-5, rtol=2e-5)
+    assert (ours[0][[1, 3]] == -1).all()
+    assert (wanted[0][[1, 3]] == -1).all()
+    for seat in (0, 2):
+        assert ours[0][seat].tolist() == wanted[0][seat].tolist()
+        assert ours[1][seat].tolist() == wanted[1][seat].tolist()
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("sampled", [False, True], ids=["greedy", "sampled"])
+@pytest.mark.parametrize(("vocabulary", "k"), [(2500, 3), (33000, 2), (1024, 8), (7, 7)])
+def test_the_best_children_over_many_tiles(vocabulary, k, sampled):
+    """Ties, a drawn token that is among the best and one that is not, a greedy request beside a warm one."""
+    drafter = fresh(Eagle3(draft_len=2, branches=k, nodes=30, vocabulary=0))
+    drafter.cache.reserve(slots=3, capacity=256)
+    generator = torch.Generator().manual_seed(vocabulary)
+    logits = 2 * torch.randn(3 * k, vocabulary, generator=generator)
+    logits[0, [1, vocabulary - 1]] = float(logits[0].max()) + 1  # a tie between tiles
+    for coupling in (0.0, 0.3, 0.9):
+        u = torch.tensor([[0.1, 0.97], [0.5, 0.0], [0.2, 0.7]])
+        draws = Draws(u, torch.tensor([0.7, 1.5, 0.0]), coupling) if sampled else None
+        run = fused._Run(device_draft(drafter), DraftKey(0, 256), 3, draws)
+        values = -torch.rand(3 * k, generator=generator)
+        births = torch.arange(3 * k, dtype=torch.int32) % k
+        run.children(logits, values, births, 2)
+        best, ids = children(logits.view(3, k, -1), k, draws, 2)
+        found = run.values[:, k:].view(3, k, k)
+        torch.testing.assert_close(found, values.view(3, k, 1) + best, atol=2e-5, rtol=2e-5)
+        tokens = run.tokens[:, k:].view(3, k, k)
+        clear = torch.ones_like(tokens, dtype=torch.bool)  # ids of equal values are free
+        clear[:, :, 1:] &= (best[:, :, 1:] - best[:, :, :-1]).abs() > 1e-5
+        clear[:, :, :-1] &= (best[:, :, 1:] - best[:, :, :-1]).abs() > 1e-5
+        assert torch.equal(tokens[clear], ids[clear])
+        assert tokens[0, 0].tolist()[:2] == [1, vocabulary - 1] or sampled
+        assert torch.equal(run.parents[:, k:], births.view(3, k).repeat_interleave(k, 1))
+
+
+@torch.inference_mode()
+def test_numbers_that_are_none_draft_nothing():
+    drafter = fresh(Eagle3(draft_len=2, branches=2, nodes=6, vocabulary=30))
+    drafter.cache.reserve(slots=1, capacity=256)
+    run = fused._Run(device_draft(drafter), DraftKey(0, 256), 1, None)
+    run.children(torch.full((1, 30), float("nan")), None, None, 1)
+    assert run.tokens[0, :2].tolist() == [-1, -1]
+
+
+@pytest.mark.parametrize("make", [lambda: Eagle(), lambda: MTPHeads(heads=2), lambda: Eagle3(branches=20, draft_len=2)])
+def test_what_does_not_fit_takes_the_functions_of_growth(make):
+    draft = device_draft(fresh(make()))
+    assert type(draft) is FollowingDraft
+
+
+def test_joining_weights_leaves_the_module_what_it_was():
+    drafter = fresh(Eagle3(layers=2))
+    before = {name: tensor.clone() for name, tensor in drafter.module.state_dict().items()}
+    plan = drafter.module.fused_plan()
+    after = drafter.module.state_dict()
+    assert before.keys() == after.keys()
+    assert all(torch.equal(tensor, after[name]) for name, tensor in before.items())
+    assert plan.blocks[0].qkv.weight.data_ptr() == drafter.module.midlayer.self_attn.q_proj.weight.data_ptr()
+    assert drafter.module.fused_plan().blocks[0].qkv.weight.data_ptr() == plan.blocks[0].qkv.weight.data_ptr()
+    assert target().hidden_size * 2 == plan.blocks[0].qkv.weight.shape[1]
+
+
+def test_a_module_that_was_moved_is_planned_anew():
+    drafter = fresh(Eagle3())
+    draft = drafter.device_draft()
+    assert drafter.device_draft() is draft
+    drafter.module.double().float()
+    assert drafter.device_draft() is not draft
+    assert drafter.device_draft() is drafter.device_draft()

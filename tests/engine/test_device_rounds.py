@@ -1,0 +1,208 @@
+"""Rounds on the device, played by Triton's interpreter: the text of plain decoding, the drafts of `propose`."""
+
+import os
+
+import pytest
+import torch
+
+if torch.cuda.is_available():
+    pytest.skip("a GPU is there: tests/gpu runs the captured rounds", allow_module_level=True)
+pytest.importorskip("triton", reason="needs Triton (in the dev extra on Linux)")
+if os.environ.get("TRITON_INTERPRET") != "1":
+    pytest.skip("needs TRITON_INTERPRET=1 before Triton is imported (tests/conftest.py)", allow_module_level=True)
+
+from outpace import Engine
+from outpace.drafters.device import fused
+from outpace.drafters.device.following import FollowingDraft
+from outpace.drafters.eagle import Eagle, Eagle2, Eagle3
+from outpace.drafters.medusa import Medusa
+from outpace.drafters.mtp import MTP, MTPHeads
+from outpace.engine.device import rounds as rounds_module
+from tiny import DEFAULT_PATHS, PROMPTS
+from uncaptured import uncaptured_target
+
+MAKERS = {
+    "eagle3": lambda: Eagle3(draft_len=3, branches=2, nodes=6, vocabulary=30, taps=("in:0", "in:1")),
+    "eagle3 chain": lambda: Eagle3(draft_len=3, branches=1, nodes=3, layers=2, vocabulary=0, taps=("in:1", "pre_norm")),
+    "eagle": lambda: Eagle(paths=DEFAULT_PATHS[:7]),
+    "eagle2": lambda: Eagle2(draft_len=3, branches=2, nodes=5),
+    "mtp": lambda: MTP(draft_len=3, branches=2, nodes=6, vocabulary=0),
+    "mtp_heads": lambda: MTPHeads(heads=2, nodes=5, vocabulary=30),
+    "medusa": lambda: Medusa(heads=2, nodes=5, vocabulary=30),
+}  # fmt: skip
+
+
+@pytest.fixture
+def _unfused(monkeypatch):
+    """Drafts by the functions of `growth`: the interpreter takes long over fused kernels."""
+    monkeypatch.setattr(fused, "device_draft", FollowingDraft)
+
+
+def awake(drafter, target):
+    """Random weights that guess well now and then: near the target's own top state where a drafter starts there."""
+    drafter.initialise(target, seed=3)
+    generator = torch.Generator().manual_seed(4)
+    with torch.no_grad():
+        for parameter in drafter.module.parameters():
+            parameter += 0.05 * torch.randn(parameter.shape, generator=generator)
+    return drafter
+
+
+def device_trees(engine):
+    """What the engine lays into the rows of each pass, per request: {tokens committed: set of paths}."""
+    found = {}
+    lay = rounds_module.lay
+
+    def spy(tokens, parents, depth, room, vocabulary, inputs):
+        lay(tokens, parents, depth, room, vocabulary, inputs)
+        for b, request in enumerate(engine._context.requests):
+            rows, hangs = inputs.tokens[b].tolist(), inputs.parents[b].tolist()
+            paths = {}
+            for row, parent in enumerate(hangs):
+                if parent >= 0 and (parent == 0 or parent in paths):
+                    paths[row] = (*paths.get(parent, ()), rows[row])
+            found[request.sampler.dice.request, int(inputs.lengths[b]) + 1] = set(paths.values())
+
+    return found, spy
+
+
+def host_trees(drafter):
+    """What `propose` says, likewise."""
+    found = {}
+    propose = drafter.propose
+
+    def spy(context):
+        draft = propose(context)
+        for request, tree in zip(context.requests, draft.trees(), strict=True):
+            tree = tree.limited(request.depth_limit)
+            found[request.sampler.dice.request, len(request.tokens)] = {
+                path[: end + 1] for path in map(tuple, tree.paths()) for end in range(len(path))
+            }
+        return draft
+
+    drafter.propose = spy
+    return found
+
+
+@pytest.mark.parametrize(
+    ("name", "temperature", "fuses"),
+    [*((name, heat, False) for name in MAKERS for heat in (0.0, 0.8)), ("eagle3", 0.8, True), ("mtp", 0.0, True)],
+)
+def test_the_text_is_that_of_plain_decoding_and_the_drafts_are_those_of_propose(name, temperature, fuses, monkeypatch):
+    if not fuses:
+        monkeypatch.setattr(fused, "device_draft", FollowingDraft)
+    target = uncaptured_target(monkeypatch)
+    options = {"max_new_tokens": 10, "temperature": temperature, "seed": 5, "ignore_eos": True}
+    prompts = [PROMPTS[0], PROMPTS[3]]
+    wanted = Engine(target, path="readable").generate(prompts, **options)
+    drafter = awake(MAKERS[name](), target)
+    readable = drafter.for_decoding()
+    said = host_trees(readable)
+    read = Engine(target, readable, path="readable", stand_down=False).generate(prompts, **options)
+    engine = Engine(target, drafter, stand_down=False, check_integrity=True)
+    monkeypatch.setattr(drafter, "propose", None)  # not to be called
+    found, spy = device_trees(engine)
+    monkeypatch.setattr(rounds_module, "lay", spy)
+    outputs = engine.generate(prompts, **options)
+    assert [o.tokens for o in outputs] == [o.tokens for o in wanted]
+    shared = found.keys() & said.keys()
+    assert len(shared) >= 6
+    assert {key: found[key] for key in shared} == {key: said[key] for key in shared}
+    for ours, theirs in zip(outputs, read, strict=True):
+        assert ours.rounds_detail == theirs.rounds_detail
+        assert ours.stats.accepted_at == theirs.stats.accepted_at
+        assert ours.stats.reached == theirs.stats.reached
+
+
+@pytest.mark.usefixtures("_unfused")
+@pytest.mark.parametrize("name", ["eagle3", "medusa"])
+def test_requests_join_leave_and_stand_down(name, monkeypatch):
+    """Seats move, rounds launched ahead are thrown away, drafts pause: what is owed is never lost nor read twice."""
+    target = uncaptured_target(monkeypatch)
+    lengths = [3, 14, 9, 12, 7]
+    options = {"temperature": 0.8, "seed": 5, "ignore_eos": True}
+
+    def text(engine):
+        uids = [
+            engine.submit(prompt, max_new_tokens=n, request=i, **options)
+            for i, (prompt, n) in enumerate(zip(PROMPTS, lengths, strict=False))
+        ]
+        decide = engine.pace.decide
+
+        def pauses(requests):
+            decide(requests)
+            for request in requests:
+                request.speculate = request.round_index % 6 < 4 or request.sampler.dice.request == 1
+
+        engine.pace.decide = pauses
+        done, steps = {}, 0
+        while engine.active:
+            for progress in engine.step():
+                if progress.chunk.output is not None:
+                    done[progress.uid] = progress.chunk.output.tokens
+            steps += 1
+            if steps == 5:
+                done[uids[3]] = engine.cancel(uids[3]).tokens[:0]
+        return [done[uid] for uid in uids]
+
+    wanted = text(Engine(target, path="readable", max_batch=3))
+    drafter = awake(MAKERS[name](), target)
+    readable = drafter.for_decoding()
+    said = host_trees(readable)
+    assert text(Engine(target, readable, path="readable", max_batch=3, stand_down=False)) == wanted
+    engine = Engine(target, drafter, max_batch=3, stand_down=False, check_integrity=True)
+    found, spy = device_trees(engine)
+    monkeypatch.setattr(rounds_module, "lay", spy)
+    assert text(engine) == wanted
+    shared = {key for key in found.keys() & said.keys() if found[key] and said[key]}
+    assert len(shared) > 15
+    assert {key: found[key] for key in shared} == {key: said[key] for key in shared}
+
+
+@pytest.mark.usefixtures("_unfused")
+def test_steady_state_captures_nothing_and_settings_may_change(monkeypatch):
+    target = uncaptured_target(monkeypatch)
+    drafter = awake(MAKERS["eagle3"](), target)
+    engine = Engine(target, drafter, stand_down=False, check_integrity=True)
+    plain = Engine(target, path="readable")
+    options = {"max_new_tokens": 8, "seed": 5, "ignore_eos": True}
+    for changes in ({"temperature": 0.9}, {"temperature": 0.0}, {"temperature": 0.9, "top_p": 0.8}) * 2:
+        seen = target.fast.capture.graphs
+        found = engine.generate(PROMPTS[0], **options, **changes)[0]
+        assert found.tokens == plain.generate(PROMPTS[0], **options, **changes)[0].tokens
+    assert target.fast.capture.graphs == seen
+
+
+@pytest.mark.usefixtures("_unfused")
+def test_no_room_for_a_draft_is_an_error_that_names_the_shape_and_leaves_the_engine_usable(monkeypatch):
+    from outpace.errors import OutOfMemoryError
+
+    target = uncaptured_target(monkeypatch)
+    drafter = awake(MAKERS["eagle3"](), target)
+    engine = Engine(target, drafter, stand_down=False, check_integrity=True)
+    capture = target.fast.capture_work
+
+    def full(work, what, warm=None):
+        if "drafts" in what:
+            raise OutOfMemoryError(f"no GPU memory to capture {what}")
+        return capture(work, what, warm)
+
+    options = {"max_new_tokens": 8, "ignore_eos": True}
+    with monkeypatch.context() as patch:
+        patch.setattr(target.fast, "capture_work", full)
+        with pytest.raises(OutOfMemoryError, match=r"drafts of 1 x 6 nodes behind up to 256 rows"):
+            engine.generate(PROMPTS[0], **options)
+    wanted = Engine(target, path="readable").generate(PROMPTS[0], **options)
+    assert engine.generate(PROMPTS[0], **options)[0].tokens == wanted[0].tokens
+
+
+def test_trees_too_wide_to_be_laid_are_drafted_on_the_host(monkeypatch):
+    monkeypatch.setattr(rounds_module, "WIDEST", 5)
+    target = uncaptured_target(monkeypatch)
+    drafter = awake(MAKERS["eagle3"](), target)
+    options = {"max_new_tokens": 6, "ignore_eos": True}
+    wanted = Engine(target, path="readable").generate(PROMPTS[0], **options)
+    monkeypatch.setattr(rounds_module, "lay", None)  # not to be called
+    found = Engine(target, drafter, stand_down=False).generate(PROMPTS[0], **options)
+    assert found[0].tokens == wanted[0].tokens
+    assert found[0].stats.drafted > 0

@@ -1,0 +1,205 @@
+"""Drafts in captured rounds on a CUDA device: the text of plain decoding, the drafts of the readable drafter."""
+
+import copy
+
+import pytest
+import torch
+
+from outpace import Engine
+from outpace.drafters.eagle import Eagle, Eagle2, Eagle3
+from outpace.drafters.growth import DEFAULT_PATHS
+from outpace.drafters.medusa import Medusa
+from outpace.drafters.mtp import MTP, MTPHeads
+from outpace.target import Target
+from tiny import PROMPTS, make_model
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+
+MAKERS = {
+    "eagle3": lambda: Eagle3(draft_len=4, branches=3, nodes=12, vocabulary=30),
+    "eagle3 chain": lambda: Eagle3(draft_len=4, branches=1, nodes=4, layers=2, vocabulary=0),
+    "eagle3 3.0": lambda: Eagle3(
+        draft_len=4, branches=2, nodes=8, vocabulary=30, fc_norm=False, norm_output=False, norm_before_residual=True
+    ),
+    "eagle": lambda: Eagle(paths=DEFAULT_PATHS[:9]),
+    "eagle2": lambda: Eagle2(draft_len=4, branches=3, nodes=12),
+    "mtp": lambda: MTP(draft_len=4, branches=2, nodes=8, vocabulary=0),
+    "mtp_heads": lambda: MTPHeads(heads=2, nodes=6, vocabulary=30),
+    "medusa": lambda: Medusa(heads=2, nodes=6, vocabulary=30),
+}
+
+
+@pytest.fixture(autouse=True)
+def ieee():
+    torch.backends.cuda.matmul.allow_tf32 = False
+
+
+@pytest.fixture(scope="module")
+def target():
+    return Target(make_model().cuda(), path="fast")
+
+
+def awake(drafter, target):
+    drafter.initialise(target, seed=3)
+    generator = torch.Generator().manual_seed(4)
+    with torch.no_grad():
+        for parameter in drafter.module.parameters():
+            parameter += 0.05 * torch.randn(parameter.shape, generator=generator).to(parameter)
+    return drafter
+
+
+def laid(inputs, b):
+    """Paths of the tree in request b's rows."""
+    rows, hangs = inputs.tokens[b].tolist(), inputs.parents[b].tolist()
+    paths = {}
+    for row, parent in enumerate(hangs):
+        if parent == 0 or parent in paths:
+            paths[row] = (*paths.get(parent, ()), rows[row])
+    return set(paths.values())
+
+
+def drafts_said(drafter):
+    found = {}
+    propose = drafter.propose
+
+    def spy(context):
+        draft = propose(context)
+        for request, tree in zip(context.requests, draft.trees(), strict=True):
+            tree = tree.limited(request.depth_limit)
+            found[request.sampler.dice.request, len(request.tokens)] = {
+                path[: end + 1] for path in map(tuple, tree.paths()) for end in range(len(path))
+            }
+        return draft
+
+    drafter.propose = spy
+    return found
+
+
+def drafts_laid(engine, monkeypatch):
+    """Read the rows of a pass back behind every captured draft; the graphs are those of steady state."""
+    from outpace.engine.device.rounds import DeviceRounds
+
+    found = {}
+    draft_graph = DeviceRounds._draft_graph
+
+    def spy(self, draft, inputs, lane):
+        graph = draft_graph(self, draft, inputs, lane)
+
+        def replay():
+            graph()
+            torch.cuda.synchronize()
+            for b, request in enumerate(engine._context.requests):
+                found[request.sampler.dice.request, int(inputs.lengths[b]) + 1] = laid(inputs, b)
+
+        return replay
+
+    monkeypatch.setattr(DeviceRounds, "_draft_graph", spy)
+    return found
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+@pytest.mark.parametrize("count", [1, 3])
+@pytest.mark.parametrize("name", MAKERS)
+def test_captured_drafts_are_those_of_propose(target, name, count, temperature, monkeypatch):
+    options = {"max_new_tokens": 40, "temperature": temperature, "seed": 5, "ignore_eos": True}
+    prompts = [PROMPTS[0], PROMPTS[3], PROMPTS[5]][:count]
+    wanted = Engine(target, path="readable").generate(prompts, **options)
+    drafter = awake(MAKERS[name](), target)
+    readable = drafter.for_decoding()
+    said = drafts_said(readable)
+    read = Engine(target, readable, path="readable", stand_down=False).generate(prompts, **options)
+    engine = Engine(target, drafter, path="fast", stand_down=False, check_integrity=True)
+    monkeypatch.setattr(drafter, "propose", None)  # not to be called
+    with monkeypatch.context() as patch:
+        found = drafts_laid(engine, patch)
+        outputs = engine.generate(prompts, **options)
+    assert [o.tokens for o in outputs] == [o.tokens for o in wanted]
+    shared = {key for key in found.keys() & said.keys() if found[key] and said[key]}
+    assert len(shared) >= 8 * count
+    different = [key for key in shared if found[key] != said[key]]
+    assert len(different) <= 0.05 * len(shared), "beyond what near ties explain"
+    emitted = [sum(len(o.rounds_detail) for o in which) for which in (outputs, read)]
+    assert abs(emitted[0] - emitted[1]) <= 0.1 * emitted[1]
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+@pytest.mark.parametrize("name", MAKERS)
+def test_requests_join_and_leave_captured_drafts(target, name, temperature):
+    options = {"temperature": temperature, "seed": 5}
+    lengths = [3, 30, 9, 17, 1, 25, 8, 12]
+    wanted = [
+        Engine(target, path="readable").generate(p, max_new_tokens=n, request=i, **options)[0].tokens
+        for i, (p, n) in enumerate(zip(PROMPTS, lengths, strict=True))
+    ]
+    engine = Engine(target, awake(MAKERS[name](), target), path="fast", max_batch=3, check_integrity=True)
+    for stand_down in (False, True):
+        engine.pace.enabled = stand_down
+        uids = [
+            engine.submit(p, max_new_tokens=n, request=i, **options)
+            for i, (p, n) in enumerate(zip(PROMPTS, lengths, strict=True))
+        ]
+        done = {}
+        while engine.active:
+            for progress in engine.step():
+                if progress.chunk.output is not None:
+                    done[progress.uid] = progress.chunk.output.tokens
+        assert [done[uid] for uid in uids] == wanted
+
+
+@pytest.mark.parametrize("name", ["eagle3", "mtp_heads", "medusa"])
+def test_steady_state_captures_nothing(target, name):
+    engine = Engine(target, awake(MAKERS[name](), target), path="fast", stand_down=False)
+    options = {"max_new_tokens": 60, "ignore_eos": True}
+    for temperature in (0.0, 0.8):
+        engine.generate(PROMPTS[:3], temperature=temperature, **options)
+    before = target.fast.capture.graphs
+    for temperature in (0.0, 0.8):
+        engine.generate(PROMPTS[:3], temperature=temperature, **options)
+    assert target.fast.capture.graphs == before
+
+
+def test_a_sequence_that_outgrows_the_drafters_cache_goes_on():
+    target = Target(make_model(max_position_embeddings=2048).cuda(), path="fast")
+    options = {"max_new_tokens": 700, "temperature": 0.8, "seed": 5, "ignore_eos": True}
+    wanted = Engine(target, path="readable").generate(PROMPTS[:2], **options)
+    engine = Engine(target, awake(MAKERS["eagle3"](), target), stand_down=False, check_integrity=True)
+    assert [o.tokens for o in engine.generate(PROMPTS[:2], **options)] == [o.tokens for o in wanted]
+
+
+def test_no_room_for_a_draft_names_the_shape_and_leaves_the_engine_usable(target, monkeypatch):
+    from outpace.errors import OutOfMemoryError
+    from outpace.target.fast import graphs
+
+    engine = Engine(target, awake(MAKERS["eagle3"](), target), path="fast", stand_down=False)
+    captured = graphs.Captured
+    wanted = Engine(target).generate(PROMPTS[0], max_new_tokens=20)[0].tokens
+
+    class Full(captured):
+        def __init__(self, work, pool, warm=None):
+            if warm is not None:  # drafts and walks
+                raise torch.OutOfMemoryError("CUDA out of memory.")
+            super().__init__(work, pool, warm)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(graphs, "Captured", Full)
+        with pytest.raises(OutOfMemoryError, match=r"drafts of 1 x 12 nodes.*[Ll]ower max_batch"):
+            engine.generate(PROMPTS[0], max_new_tokens=4)
+    assert engine.generate(PROMPTS[0], max_new_tokens=20)[0].tokens == wanted
+
+
+def test_bf16_chains_have_the_text_of_plain_decoding():
+    changes = {"hidden_size": 256, "head_dim": 64, "intermediate_size": 640, "vocab_size": 512}
+    model = make_model(dtype=torch.bfloat16, sharpness=1.5, max_position_embeddings=2048, **changes).cuda()
+    target = Target(copy.deepcopy(model), path="fast")
+    drafter = awake(Eagle3(draft_len=5, branches=1, nodes=5, vocabulary=256), target).for_decoding()
+    options = {"max_new_tokens": 100, "ignore_eos": True}
+    for temperature in (0.0, 0.8):
+        for seed in range(3):
+            wanted = Engine(target).generate([PROMPTS[0] * 9], seed=seed, temperature=temperature, **options)
+            found = Engine(target, drafter, stand_down=False).generate(
+                [PROMPTS[0] * 9], seed=seed, temperature=temperature, **options
+            )
+            assert [o.tokens for o in found] == [o.tokens for o in wanted], (seed, temperature)
