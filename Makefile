@@ -4,7 +4,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 # the table of README.md: about a quarter of an hour on two cores; a run that was stopped goes on
-BENCH  := --drafters prompt_lookup,suffix,prompt_lookup+suffix,lookahead,layer_skip --stock transformers --suite mini \
+BENCH  := --drafters prompt_lookup,suffix,eagle3,medusa,mtp --stock transformers --suite mini \
           -n 48 --repetitions 1 --temperatures 0,1 --budget-s 900
 
 .PHONY: demo test lint types imports unit bench clean

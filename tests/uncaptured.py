@@ -13,7 +13,7 @@ import torch
 from outpace.target import Target
 from outpace.target.fast.forward import Outputs
 from outpace.target.fast.graphs import Capture, FastPass
-from outpace.target.fast.plan import make_plan
+from outpace.target.fast.plan import joined_names, make_plan
 from tiny import make_model
 
 
@@ -122,6 +122,7 @@ class Uncaptured(FastPass):
 
     def __init__(self, target):
         self.plan = make_plan(target)
+        self.names = joined_names(target)
         self.capture = Capture()
         self.positions_limit = next(iter(self.plan.rotary.values()))[0].shape[0]
         self._forward = PlainForward(self.plan, target.model.get_input_embeddings())
@@ -162,4 +163,4 @@ def uncaptured_target(monkeypatch, **changes):
     monkeypatch.setattr(fused, "tree_attention", plain_attention)
     target = Target(make_model(**{"num_hidden_layers": 2, **changes}))
     target._fast.made = Uncaptured(target)
-    return target
+    return target.through("fast")

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from weakref import WeakKeyDictionary
 
 import torch
@@ -49,6 +49,7 @@ class FollowingDrafter(LearnedDrafter):
     """
 
     module: RowNet
+    cpu_chain: ClassVar[int] = 3
 
     def __init__(
         self,
@@ -69,11 +70,21 @@ class FollowingDrafter(LearnedDrafter):
         self.paths = tuple(tuple(path) for path in paths)
         self.draw: GuessMode = draw
         self.coupling = coupling
-        self.shape: Plan | FixedTree = (
-            FixedTree(self.paths) if self.paths else Plan(depth=draft_len, branches=branches, nodes=nodes)
-        )
+        self.shape = self._tree("cpu")
         self._pending: WeakKeyDictionary[RequestContext, list[tuple[Tensor, list[int]]]] = WeakKeyDictionary()
         self.needs = Needs(noise=draw == "path")  # and the taps, once the target is known
+
+    def _tree(self, device: torch.device | str) -> Plan | FixedTree:
+        if self.paths:
+            return FixedTree(self.paths, device)
+        return Plan(depth=self.draft_len, branches=self.branches, nodes=self.nodes)
+
+    @classmethod
+    def suited(cls, options: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
+        """On a CPU a short chain: a pass of four rows costs what one of one does, and more rows cost more."""
+        if device.type != "cpu" or options.get("paths"):
+            return dict(options)
+        return {**options, "draft_len": cls.cpu_chain, "branches": 1, "nodes": cls.cpu_chain}
 
     @abstractmethod
     def build(self, target: Target) -> RowNet:
@@ -103,8 +114,7 @@ class FollowingDrafter(LearnedDrafter):
             device=target.device, dtype=parameter.dtype,
         )  # fmt: skip
         self.seats = Seats(self.cache)
-        if self.paths:
-            self.shape = FixedTree(self.paths, target.device)
+        self.shape = self._tree(target.device)
         self._device: FollowingDraft | None = None
 
     def device_draft(self) -> DeviceDraft:
@@ -160,6 +170,8 @@ class FollowingDrafter(LearnedDrafter):
         owed = {seat: self._owed(request) for seat, request in enumerate(requests) if self._pending.get(request)}
         most = max((len(tokens) for _, tokens in owed.values()), default=0)
         static = self.shape.depth + 1
+        if self.target.device.type == "cpu":
+            static = max(1, min(static, most))  # where rows cost, and no graph asks for one width
         for begin in range(0, most, static):
             now = {s: (f[begin : begin + static], t[begin : begin + static]) for s, (f, t) in owed.items()}
             self._read({s: row for s, row in now.items() if row[1]}, static, len(requests))

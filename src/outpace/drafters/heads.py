@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
 from torch import nn
-from torch.nn import functional as F
 
 from outpace.errors import CheckpointError, ConfigError
+from outpace.target.skinny import linear
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -90,7 +90,7 @@ class DraftHead(nn.Module):
 
     def forward(self, hidden: Tensor) -> Tensor:
         """[..., H] -> [..., size]."""
-        return F.linear(hidden, self.weight.to(hidden.dtype))
+        return linear(hidden, self.weight.to(hidden.dtype))
 
     def to_target(self, drafted: Tensor) -> Tensor:
         """Draft ids -> target ids."""

@@ -15,6 +15,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from outpace.target.families import part
+from outpace.target.skinny import Linear
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -99,9 +100,9 @@ class MLP(nn.Module):
 
     def __init__(self, shape: Shape) -> None:
         super().__init__()
-        self.gate_proj = nn.Linear(shape.hidden, shape.intermediate, bias=False)
-        self.up_proj = nn.Linear(shape.hidden, shape.intermediate, bias=False)
-        self.down_proj = nn.Linear(shape.intermediate, shape.hidden, bias=False)
+        self.gate_proj = Linear(shape.hidden, shape.intermediate, bias=False)
+        self.up_proj = Linear(shape.hidden, shape.intermediate, bias=False)
+        self.down_proj = Linear(shape.intermediate, shape.hidden, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., H] -> [..., H]."""
@@ -115,10 +116,10 @@ class Attention(nn.Module):
     def __init__(self, shape: Shape, width: int) -> None:
         super().__init__()
         self.heads, self.key_heads, self.head_size = shape.heads, shape.key_heads, shape.head_size
-        self.q_proj = nn.Linear(width, shape.heads * shape.head_size, bias=False)
-        self.k_proj = nn.Linear(width, shape.key_heads * shape.head_size, bias=False)
-        self.v_proj = nn.Linear(width, shape.key_heads * shape.head_size, bias=False)
-        self.o_proj = nn.Linear(shape.heads * shape.head_size, shape.hidden, bias=False)
+        self.q_proj = Linear(width, shape.heads * shape.head_size, bias=False)
+        self.k_proj = Linear(width, shape.key_heads * shape.head_size, bias=False)
+        self.v_proj = Linear(width, shape.key_heads * shape.head_size, bias=False)
+        self.o_proj = Linear(shape.heads * shape.head_size, shape.hidden, bias=False)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """[B, R, width] -> q [B, R, heads, D], k and v [B, R, key heads, D]; `o_proj` is the caller's to apply."""

@@ -297,18 +297,27 @@ class LearnedDrafter(Drafter):
                 f"it (outpace corpus, then outpace train --drafter {self.name}) and pass its folder as the drafter"
             )
         if self._source is None:
-            self._take_shipped(read_config(source)["options"])
+            self._take_shipped(read_config(source)["options"], target.device)
         options, tensors = load_checkpoint(source, self.name, target, force=self._force)
         del options
         self.restore(tensors, target)
         self._take(target)
 
+    @classmethod
+    def suited(cls, options: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
+        """Options of weights that ship, those that only decode as they pay on that kind of device."""
+        del device
+        return dict(options)
+
     def choose(self, options: Mapping[str, Any]) -> None:
         """Remember which options were asked for by name, so that weights made with others are refused."""
         self._chosen = dict(options)
 
-    def _take_shipped(self, options: Mapping[str, Any]) -> None:
+    def _take_shipped(self, options: Mapping[str, Any], device: torch.device) -> None:
         """Options of the weights that ship; of those that only decode, the ones nobody asked for."""
+        suited = self.suited(options, device)
+        if not any(suited[name] != options[name] for name in self._chosen if name in options):
+            options = suited
         for name, value in options.items():
             value = _like(getattr(self, name), value)
             asked = self._chosen.get(name, value)

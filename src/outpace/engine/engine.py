@@ -78,7 +78,7 @@ class Engine:
         stand_down: decode plainly where drafts measurably do not pay.
         check_integrity: check the cache's invariants after every round (tests).
         path: how passes and rounds run: "auto" (captured on CUDA where possible), "readable" (the model's own modules
-            and the loop of `engine.round`), "fast" (refuse anything else).
+            and the loop of `engine.round`), "fast" (refuse any other pass; learned drafters draft on the device too).
 
     Raises:
         ConfigError: on an unknown rule or drafter, or a drafter the rule cannot verify.
@@ -239,7 +239,7 @@ class Engine:
 
             if self._device is not None:
                 self._device.forget()  # the model was moved: what its rounds left owed is the host's again
-            self._device = DeviceRounds(fast, self.target.layer_ids)
+            self._device = DeviceRounds(fast, self.target.layer_ids, drafts=self.target.path == "fast")
         return self._device if self._device.serves(self.drafter) else None
 
     def cancel(self, uid: int) -> Output:

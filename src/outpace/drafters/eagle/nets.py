@@ -14,6 +14,7 @@ from torch import nn
 from outpace.drafters.heads import DraftHead, HeadKind
 from outpace.drafters.layers import MLP, Attention, Block, RMSNorm, Rotary, Shape, copy_norm, finish, initialise
 from outpace.drafters.rows import RowNet
+from outpace.target.skinny import Linear
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -39,7 +40,7 @@ class EagleNet(RowNet):
         self.layers = 1
         self.taps = ("post_norm",)
         self.regression = regression
-        self.fc = nn.Linear(2 * self.shape.hidden, self.shape.hidden, bias=bias)
+        self.fc = Linear(2 * self.shape.hidden, self.shape.hidden, bias=bias)
         self.block = Block(self.shape, normed_input=False)
         self.rotary = Rotary(target, self.shape.head_size)
         self.head = DraftHead(target, 0, "target")
@@ -153,7 +154,7 @@ class FusedNet(RowNet):
         width = target.hidden_size
         self.input_norm = RMSNorm(width * len(taps), shape.eps) if norm_before_fc else None
         self.fc_norm = nn.ModuleList(RMSNorm(width, shape.eps) for _ in taps) if fc_norm else None
-        self.fc = nn.Linear(width * len(taps), shape.hidden, bias=False)
+        self.fc = Linear(width * len(taps), shape.hidden, bias=False)
         self.midlayer = FirstLayer(shape, norm_before_residual=norm_before_residual)
         self.more = nn.ModuleList(Block(shape) for _ in range(layers - 1))
         self.norm = RMSNorm(shape.hidden, shape.eps)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 from weakref import WeakKeyDictionary
 
 import torch
@@ -101,6 +101,11 @@ class Medusa(LearnedDrafter):
         self.tree = FixedTree(chosen[: self.nodes], target.device)
         self._device: MedusaDraft | None = None
 
+    @classmethod
+    def suited(cls, options: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
+        """On a CPU three nodes: a pass of four rows costs what one of one does, and more rows cost more."""
+        return {**options, "nodes": 3} if device.type == "cpu" else dict(options)
+
     # Training ------------------------------------------------------------------------------------------------------
 
     @property
@@ -193,7 +198,7 @@ class Medusa(LearnedDrafter):
 
     def grow(self, states: Tensor, draws: Draws | None) -> tuple[Tensor, Tensor]:
         """The tensor-only part: states [B, H] -> tokens, parents [B, nodes]."""
-        return grow_ranked(self.module(states), self.module.head, self.tree, draws)
+        return grow_ranked(self.module(states, self.tree.depth), self.module.head, self.tree, draws)
 
     def _draws(self, requests: Sequence[RequestContext]) -> Draws | None:
         found = [numbers_ahead(request, self.heads) if self.draw == "path" else None for request in requests]

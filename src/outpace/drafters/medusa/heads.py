@@ -15,6 +15,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from outpace.drafters.heads import DraftHead
+from outpace.target.skinny import Linear, linear
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -29,7 +30,7 @@ class ResBlock(nn.Module):
 
     def __init__(self, size: int) -> None:
         super().__init__()
-        self.linear = nn.Linear(size, size)
+        self.linear = Linear(size, size)
         nn.init.zeros_(self.linear.weight)
         nn.init.zeros_(self.linear.bias)
 
@@ -88,7 +89,17 @@ class MedusaHeads(nn.Module):
             return torch.cat([x, low], -1), torch.cat([self.head.weight.to(up.dtype), up], 1)
         return x, self.head.weight
 
-    def forward(self, hidden: Tensor) -> Tensor:
-        """[..., H] -> logits [..., K, Vd]."""
-        both = (self.states(number, hidden) for number in range(len(self)))
-        return torch.stack([F.linear(x, weight.to(x.dtype)) for x, weight in both], -2)
+    def forward(self, hidden: Tensor, count: int = 0) -> Tensor:
+        """[..., H] -> logits [..., K, Vd] of the first `count` heads (0: of all)."""
+        heads = range(count or len(self))
+        xs = [self.blocks[number](hidden) for number in heads]
+        if self.projection == "own":
+            return torch.stack([linear(x, self.own[n].to(x.dtype)) for n, x in zip(heads, xs, strict=True)], -2)
+        logits: Tensor = self.head(torch.stack(xs, -2))  # the shared weight is read once
+        if self.projection == "low_rank":
+            tails = [
+                linear(linear(x, self.down[n].to(x.dtype)), self.up[n].to(x.dtype))
+                for n, x in zip(heads, xs, strict=True)
+            ]
+            logits = logits + torch.stack(tails, -2)
+        return logits

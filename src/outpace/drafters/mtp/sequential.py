@@ -10,7 +10,6 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
-from torch import nn
 
 from outpace.drafters.follower import FollowingDrafter, GuessMode
 from outpace.drafters.heads import DraftHead, HeadKind, choose_ids, special_ids
@@ -19,6 +18,7 @@ from outpace.drafters.learning import Recipe
 from outpace.drafters.rows import RowNet
 from outpace.errors import ConfigError
 from outpace.target.families import part
+from outpace.target.skinny import Linear
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -62,7 +62,7 @@ class MTPNet(RowNet):
         self.order, self.chain_norm = order, chain_norm
         self.enorm = RMSNorm(shape.hidden, shape.eps)
         self.hnorm = RMSNorm(shape.hidden, shape.eps)
-        self.eh_proj = nn.Linear(2 * shape.hidden, shape.hidden, bias=False)
+        self.eh_proj = Linear(2 * shape.hidden, shape.hidden, bias=False)
         self.block = Block(shape)
         self.norm = RMSNorm(shape.hidden, shape.eps)
         self.rotary = Rotary(target, shape.head_size)
@@ -133,6 +133,7 @@ class MTP(FollowingDrafter):
     name: ClassVar[str] = "mtp"
     decoding: ClassVar[frozenset[str]] = frozenset({"draft_len", "branches", "nodes", "draw", "coupling"})
     default_recipe: ClassVar[Recipe] = Recipe(lr=1e-3, depths=5, decay=0.7)
+    cpu_chain: ClassVar[int] = 2
 
     def __init__(
         self,
