@@ -100,7 +100,7 @@ def test_a_prompt_of_one_token_has_nothing_to_draft_from_and_costs_no_text(name)
     assert ours.rounds_detail[1].drafted > 0
 
 
-def test_the_drafter_is_read_in_one_pass_of_static_width_per_round(monkeypatch):
+def test_the_drafter_is_read_in_one_pass_per_round(monkeypatch):
     drafter = fresh(Eagle3(draft_len=3, branches=1, nodes=3, vocabulary=0), awake=False)
     widths = []
     read = drafter._read
@@ -110,6 +110,9 @@ def test_the_drafter_is_read_in_one_pass_of_static_width_per_round(monkeypatch):
         return read(rows, static, batch, **options)
 
     monkeypatch.setattr(drafter, "_read", spy)
-    Engine(target(), drafter, stand_down=False).generate([PROMPTS[0]], max_new_tokens=20, ignore_eos=True)
+    engine = Engine(target(), drafter, stand_down=False)
+    out = engine.generate([PROMPTS[0]], max_new_tokens=20, ignore_eos=True)[0]
     assert widths[0] == (7, 0), "the prompt, alone"
-    assert {static for static, only in widths if only is None} == {4}
+    reads = [width for width, only in widths if only is None]
+    assert set(reads) <= {1, 2, 3, 4}, "no more rows than are owed, on a CPU"
+    assert len(reads) <= out.rounds
