@@ -1,6 +1,13 @@
+import pytest
+import torch
+
+from drafters.learned import fresh
 from outpace import Engine
 from outpace.drafters import TokenDrafter
+from outpace.drafters.eagle import Eagle3
+from outpace.drafters.medusa import Medusa
 from outpace.drafters.merged import Merged
+from outpace.drafters.suffix import Suffix
 from outpace.laws import Tree
 from tiny import PROMPTS, target
 
@@ -33,3 +40,40 @@ def test_the_budget_favours_the_first():
     engine = Engine(target(), merged, stand_down=False)
     output = engine.generate([PROMPTS[0]], max_new_tokens=5, ignore_eos=True)[0]
     assert output.rounds_detail[0].drafted == 3
+
+
+def states_read(drafter, engine):
+    """What a drafter that follows features stands on, by the tokens known."""
+    found, grow = {}, drafter.grow
+
+    def watch(batch, width, draws):
+        for seat, request in enumerate(drafter.seats.requests):
+            found[tuple(request.tokens)] = drafter.cache.top[seat].clone()
+        return grow(batch, width, draws)
+
+    drafter.grow = watch
+    texts = [o.tokens for o in engine.generate(PROMPTS[:3], max_new_tokens=30, ignore_eos=True)]
+    return found, texts
+
+
+def test_one_that_follows_features_reads_those_of_the_path_whoever_guessed_it():
+    alone = fresh(Eagle3(draft_len=3, branches=2, nodes=5, vocabulary=0))
+    merged = fresh(Eagle3(draft_len=3, branches=2, nodes=5, vocabulary=0))
+    wanted, text = states_read(alone, Engine(target(), alone, stand_down=False))
+    engine = Engine(target(), Merged([Suffix(), merged]), stand_down=False)
+    found, same = states_read(merged, engine)
+    assert same == text
+    shared = wanted.keys() & found.keys()
+    assert len(shared) > 20
+    for at in shared:
+        torch.testing.assert_close(found[at], wanted[at], atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.9])
+def test_learned_ones_merge_with_others_and_the_text_stays(temperature):
+    medusa = fresh(Medusa(heads=2, nodes=4, vocabulary=0))
+    options = {"max_new_tokens": 30, "temperature": temperature, "seed": 5}
+    wanted = Engine(target()).generate(PROMPTS, **options)
+    found = Engine(target(), Merged([medusa, Suffix()]), stand_down=False).generate(PROMPTS, **options)
+    assert [o.tokens for o in found] == [o.tokens for o in wanted]
+    assert sum(o.stats.drafted for o in found) > 0

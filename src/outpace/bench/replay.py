@@ -36,8 +36,9 @@ class Recording(Drafter):
         self._latest: Tree | None = None
 
     def fit(self, target: Target) -> None:
-        """The inner one's."""
+        """The inner one's, which may know only then what it reads."""
         self.inner.fit(target)
+        self.needs, self.adapter = self.inner.needs, self.inner.adapter
 
     def start(self, context: Context, request: RequestContext, taps: Mapping[str, Tensor]) -> None:
         """The inner one's."""

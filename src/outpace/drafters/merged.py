@@ -5,14 +5,17 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, ClassVar
 
+import torch
+
 from outpace.drafters.base import Context, Drafter, Needs, RequestContext
 from outpace.errors import ConfigError
 from outpace.laws import Draft, Tree, Walk
+from outpace.target import Readout
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from outpace.target import Readout, Scouts, Target
+    from outpace.target import Scouts, Target
     from outpace.target.widen import Widening
 
 
@@ -36,19 +39,24 @@ class Merged(Drafter):
             raise ConfigError(f"only one merged drafter may bring scouts, but {' and '.join(scouting)} all do")
         self.drafters = tuple(drafters)
         self.max_nodes = max_nodes
-        self.needs = Needs(
-            taps=frozenset().union(*(d.needs.taps for d in drafters)),
-            scouts=bool(scouting),
-            noise=any(d.needs.noise for d in drafters),
-            adapter=any(d.needs.adapter for d in drafters),
-        )
-        self.adapter = next((d.adapter for d in drafters if d.adapter is not None), None)
+        self._gather()
         self._own: list[list[Tree]] = []
 
+    def _gather(self) -> None:
+        """What all of them read and ride."""
+        self.needs = Needs(
+            taps=frozenset().union(*(d.needs.taps for d in self.drafters)),
+            scouts=any(d.needs.scouts for d in self.drafters),
+            noise=any(d.needs.noise for d in self.drafters),
+            adapter=any(d.needs.adapter for d in self.drafters),
+        )
+        self.adapter = next((d.adapter for d in self.drafters if d.adapter is not None), None)
+
     def fit(self, target: Target) -> None:
-        """Fit each."""
+        """Fit each; those with weights know only then what they read."""
         for drafter in self.drafters:
             drafter.fit(target)
+        self._gather()
 
     def forget(self) -> None:
         """Forget with each."""
@@ -79,12 +87,28 @@ class Merged(Drafter):
         return found[0] if found else None
 
     def observe(self, context: Context, walks: Sequence[Walk], read: Readout) -> None:
-        """Each drafter hears which of its own nodes were accepted."""
+        """Each drafter hears which of its own nodes were accepted; one that reads states gets those of the path."""
         proposed = self._own or [[Tree() for _ in walks] for _ in self.drafters]
         self._own = []
         for drafter, trees in zip(self.drafters, proposed, strict=True):
+            if drafter.needs.taps:
+                drafter.observe(context, *_along_path(walks, read))
+                continue
             own = [Walk(_follow(tree, walk.tokens), walk.tokens) for tree, walk in zip(trees, walks, strict=True)]
             drafter.observe(context, own, read)
+
+
+def _along_path(walks: Sequence[Walk], read: Readout) -> tuple[list[Walk], Readout]:
+    """The same round as if the draft had been the accepted path alone: node i of a walk is row i + 1 of the taps."""
+    most = max(len(walk.tokens) for walk in walks)
+    rows = [[0, *(node + 1 for node in walk.nodes)] for walk in walks]
+    padded = [row + [0] * (most - len(row)) for row in rows]
+    taps = {}
+    for name, tap in read.taps.items():
+        index = torch.tensor(padded, device=tap.device)[..., None].expand(-1, -1, tap.shape[2])
+        taps[name] = tap.gather(1, index)
+    chains = [Walk(tuple(range(len(walk.tokens) - 1)), walk.tokens) for walk in walks]
+    return chains, Readout(read.logits, read.scout_logits, taps)
 
 
 def _follow(tree: Tree, tokens: Sequence[int]) -> tuple[int, ...]:
