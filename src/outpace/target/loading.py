@@ -15,6 +15,7 @@ from typing import Any, Final, Protocol
 import torch
 
 from outpace.errors import CheckpointError, MissingExtraError, suggestion
+from outpace.target import dense
 
 SMOLLM2_HUB: Final = "HuggingFaceTB/SmolLM2-135M-Instruct"
 ALIASES: Final = ("smollm2",)
@@ -117,16 +118,23 @@ def load(
         extra["gguf_file"] = gguf_file
     import transformers
 
+    copy = None
+    if gguf_file is not None and Path(source).is_dir():
+        copy = dense.copy_of(Path(source) / gguf_file, dtype, transformers.__version__)
+    if dense.is_whole(copy):
+        source, gguf_file = str(copy), None
+        del extra["gguf_file"]
     try:
         with _Quiet(transformers, gguf=gguf_file is not None):
             tokenizer = transformers.AutoTokenizer.from_pretrained(source, **extra)
             model = transformers.AutoModelForCausalLM.from_pretrained(
                 source, dtype=dtype, **extra, **_unpacked(transformers, gguf_file)
             )
+            if gguf_file is not None:
+                _forget_quantisation(model.config)
+                dense.keep(copy, model, tokenizer)
     except (OSError, ValueError) as error:
         raise CheckpointError(_why_not_loaded(name, error)) from error
-    if gguf_file is not None:
-        _forget_quantisation(model.config)
     return model.to(where), tokenizer, label
 
 
