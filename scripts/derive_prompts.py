@@ -14,9 +14,9 @@ import json
 import random
 import re
 from pathlib import Path
+from typing import Any
 
-from transformers import AutoTokenizer
-
+from outpace.target import Target
 from outpace.train import Corpus
 
 SUMMARIES = (
@@ -42,7 +42,7 @@ FROM_ENGLISH = (
 )
 
 
-def passages(corpus: Corpus, tokenizer: object, most: int) -> list[tuple[str, str]]:
+def passages(corpus: Corpus, tokenizer: Any, most: int) -> list[tuple[str, str]]:
     """(question, answer) texts of a corpus: prose that was not sampled hot."""
     found = []
     for (ids, prompt), temperature in zip(corpus.documents(), corpus.temperature, strict=True):
@@ -50,8 +50,8 @@ def passages(corpus: Corpus, tokenizer: object, most: int) -> list[tuple[str, st
             break
         if temperature > 0.8:
             continue
-        answer = tokenizer.decode(ids[prompt:], skip_special_tokens=True).strip()  # type: ignore[attr-defined]
-        question = tokenizer.decode(ids[:prompt], skip_special_tokens=True)  # type: ignore[attr-defined]
+        answer = tokenizer.decode(ids[prompt:], skip_special_tokens=True).strip()
+        question = tokenizer.decode(ids[:prompt], skip_special_tokens=True)
         question = re.split(r"\buser\n", question)[-1].rsplit("\nassistant", 1)[0].strip()
         digits = sum(letter.isdigit() for letter in answer)
         if len(answer) > 200 and "```" not in answer and digits < len(answer) / 50 and len(question) < 400:
@@ -75,12 +75,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("corpus", type=Path)
     parser.add_argument("out", type=Path)
-    parser.add_argument("--tokenizer", required=True, help="of the target: hub name or directory")
+    parser.add_argument("--model", default="smollm2", help="the target, for its tokenizer")
     parser.add_argument("--german", type=Path, nargs="*", default=[])
     parser.add_argument("--count", type=int, default=9000)
     options = parser.parse_args()
     rng = random.Random(0)
-    texts = passages(Corpus.load(options.corpus), AutoTokenizer.from_pretrained(options.tokenizer), 2 * options.count)
+    texts = passages(
+        Corpus.load(options.corpus), Target.from_pretrained(options.model, device="cpu").tokenizer, 2 * options.count
+    )
     german = german_sentences(options.german)
     rng.shuffle(texts)
     rng.shuffle(german)
