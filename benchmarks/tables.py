@@ -20,7 +20,7 @@ from outpace.bench.report.markdown import task_table
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-PAGES = ("README.md", "docs/fast.md")
+PAGES = ("README.md", "docs/fast.md", "docs/training.md")
 _SLOT = re.compile(r"<!-- table:(\w+) -->\n(.*?)<!-- /table -->", re.DOTALL)
 _INTRODUCTION = """# Benchmarks
 
@@ -68,11 +68,58 @@ def pass_table(result: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def acceptance_table(result: dict[str, Any]) -> str:
+    """Tokens per pass of drafters, per task, a row per drafter and temperature."""
+    rows, about = result["rows"], result["about"]
+    tasks = list(rows[0]["per_task"])
+    named = " | ".join(task.replace("_", " ") for task in tasks)
+    lines = [
+        f"| drafter | T | all | {named} | accepted, given that it was reached |",
+        f"| --- | --- | --- | {' | '.join('---' for _ in tasks)} | --- |",
+    ]
+    for row in rows:
+        per_task = " | ".join(f"{row['per_task'][task]:.2f}" for task in tasks)
+        rates = " ".join(f"{rate:.2f}" for rate in row["accept_given_reached"])
+        lines.append(
+            f"| {row['drafter']} | {row['temperature']:g} | **{row['emitted_per_round']:.2f}** | {per_task} | {rates} |"
+        )
+    asked = about["asked"]
+    lines += [
+        "",
+        f"{about['model']}, {about['device']}, {about['dtype']}: {about['questions']} first turns of Spec-Bench "
+        f"({asked['per_task']} a task), {asked['tokens']} new tokens at most, batch {asked['batch']}, "
+        f"seed {asked['seed']}. torch {about['torch']}, transformers {about['transformers']}.",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def training_table(result: dict[str, Any]) -> str:
+    """What a training step costs, a row per drafter."""
+    lines = ["| drafter | step, ms | tokens/s | features' share | peak memory |", "| --- | --- | --- | --- | --- |"]
+    for row in result["rows"]:
+        share = f"{row['feature_share']:.0%}" if row["feature_share"] else "in the objective"
+        lines.append(
+            f"| `{row['drafter']}` | {row['step_ms']:.0f} | {row['tokens_per_second'] / 1e3:.0f} k | {share} | "
+            f"{row['memory_gib']:.1f} GiB |"
+        )
+    about = result["about"]
+    lines += [
+        "",
+        f"{about['model']} shape, {about['device']}, {result['rows'][0]['tokens_per_step']} tokens a step, bfloat16 "
+        f"products, float32 weights. torch {about['torch']}.",
+    ]
+    return "\n".join(lines) + "\n"
+
+
 def table(name: str) -> str:
     """What stands in a slot: the tables of NAME.json, by what it holds."""
     file = RESULTS / f"{name}.json"
     plain = json.loads(file.read_text())
-    return pass_table(plain) if "pass" in plain else readme_table(load_result(file))
+    if "pass" in plain:
+        return pass_table(plain)
+    if "rows" in plain:
+        return acceptance_table(plain) if "questions" in plain["about"] else training_table(plain)
+    return readme_table(load_result(file))
 
 
 def fill(text: str) -> str:
