@@ -97,12 +97,12 @@ class CpuPass:
         normed = norm(hidden, plan.norm, plan.eps, plan.norm_shift)
         if "post_norm" in taps:
             found["post_norm"] = normed
-        if logits and wants_scouts:  # one product reads the head once; sliced, each would also take a slower kernel
-            both = _linear(normed, plan.head)
+        if logits and wants_scouts:
+            both = _linear(normed, plan.head, main)
             return Readout(both[:, :main], both[:, main:], found)
         return Readout(
-            _linear(normed[:, :main], plan.head) if logits else None,
-            _linear(normed[:, main:], plan.head) if wants_scouts else None,
+            linear(normed[:, :main], plan.head.weight, plan.head.bias) if logits else None,
+            linear(normed[:, main:], plan.head.weight, plan.head.bias) if wants_scouts else None,
             found,
         )
 
@@ -127,13 +127,20 @@ class CpuPass:
         return rest(plan, layer, hidden, attended.flatten(2), project)
 
 
-def _linear(x: Tensor, projection: Projection) -> Tensor:
-    return linear(x, projection.weight, projection.bias)
+def _linear(x: Tensor, projection: Projection, main: int) -> Tensor:
+    """X @ weight.T + bias. In float32 the rows behind the main ones take a product of their own.
+
+    Kernels for few rows then give main rows the same bits whatever stands behind them; in bfloat16 they do anyway.
+    """
+    weight, bias = projection.weight, projection.bias
+    if main == x.shape[1] or x.dtype != torch.float32:
+        return linear(x, weight, bias)
+    return torch.cat([linear(x[:, :main], weight, bias), linear(x[:, main:], weight, bias)], 1)
 
 
 def _adapted(x: Tensor, projection: Projection, names: Joined, adapter: GatedLoRA | None, main: int) -> Tensor:
     """X @ weight.T + bias, with the adapter's tails on the rows behind the main ones."""
-    out = _linear(x, projection)
+    out = _linear(x, projection, main)
     if adapter is not None:
         at = 0
         for name, width in names:
