@@ -4,6 +4,7 @@ import shutil
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from tokenizers import Tokenizer, models
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
@@ -47,13 +48,16 @@ def test_the_second_writer_leaves_the_first_ones(parts):
     assert [one.name for one in copy.parent.iterdir()] == [copy.name]
 
 
-def test_what_cannot_be_written_leaves_nothing_behind(parts):
+@pytest.mark.parametrize(
+    "problem", [OSError(28, "No space left on device"), SafetensorError("I/O error: No space left on device")]
+)
+def test_what_cannot_be_written_leaves_nothing_behind(parts, problem):
     file, model, _ = parts
     copy = dense.copy_of(file, torch.float32, "5")
 
     class Full:
         def save_pretrained(self, folder):
-            raise OSError(28, "No space left on device")
+            raise problem
 
     dense.keep(copy, model, Full())
     assert not dense.is_whole(copy)

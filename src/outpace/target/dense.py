@@ -15,6 +15,8 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
+from safetensors import SafetensorError
+
 if TYPE_CHECKING:
     import torch
 
@@ -63,7 +65,7 @@ def keep(copy: Path | None, model: Any, tokenizer: Any) -> None:
         model.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
         temporary.rename(copy)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         _LOG.info("no dense copy of the model is kept: %s", error)
         if temporary is not None:
             shutil.rmtree(temporary, ignore_errors=True)
