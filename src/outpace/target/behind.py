@@ -22,7 +22,7 @@ from torch.nn import functional as F
 from outpace.errors import UnsupportedError
 from outpace.target import attention
 from outpace.target.adapters import check_adapter
-from outpace.target.families import cache_keyword, part
+from outpace.target.families import angles, cache_keyword, part
 from outpace.target.fast.wide import wide_pass
 
 if TYPE_CHECKING:
@@ -175,10 +175,7 @@ def _through_modules(
     """All layers, as the model's own modules."""
     family, config = target.family, target.config
     assert family is not None  # refused before
-    rotary = part(target.model, family.rotary)
-    angles = {
-        kind: rotary(hidden, positions, kind) if family.rotary_by_type else rotary(hidden, positions) for kind in masks
-    }
+    turned = angles(target.model, family, hidden, positions, masks)
     name = FLEX if kernel == "flex" else attention.NAME
     with ExitStack() as stack:
         if adapter is not None:
@@ -189,7 +186,7 @@ def _through_modules(
             hidden = layer(
                 hidden,
                 attention_mask=masks[kind],
-                position_embeddings=angles[kind],
+                position_embeddings=turned[kind],
                 position_ids=positions,
                 **{cache_keyword(layer): ledger},
                 use_cache=True,

@@ -8,13 +8,14 @@ everything that needs no look below the top.
 from __future__ import annotations
 
 import inspect
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
 from outpace.errors import UnsupportedError
 
 if TYPE_CHECKING:
-    from torch import nn
+    from torch import Tensor, nn
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +83,16 @@ def part(model: nn.Module, path: str) -> Any:
     for name in path.split("."):
         found = getattr(found, name)
     return found
+
+
+def angles(
+    model: nn.Module, family: Family, hidden: Tensor, positions: Tensor, kinds: Collection[str]
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """Rotary cos and sin of positions [B, R] for layers of some kinds, in the dtype of `hidden`."""
+    rotary = part(model, family.rotary)
+    if family.rotary_by_type:
+        return {kind: rotary(hidden, positions, kind) for kind in kinds}
+    return dict.fromkeys(kinds, rotary(hidden, positions))
 
 
 def cache_keyword(module: Any) -> str:

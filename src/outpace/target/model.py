@@ -20,7 +20,15 @@ from outpace.target import attention
 from outpace.target.adapters import Gate, GatedLoRA, attach
 from outpace.target.block import Block, Readout
 from outpace.target.cache import ALIGN, BlockCache
-from outpace.target.families import Family, cache_keyword, find_family, layer_types, part, refuse_what_cannot_rewind
+from outpace.target.families import (
+    Family,
+    angles,
+    cache_keyword,
+    find_family,
+    layer_types,
+    part,
+    refuse_what_cannot_rewind,
+)
 from outpace.target.generic import GenericRunner
 from outpace.target.masks import additive_mask, block_visibility
 from outpace.target.taps import check_taps
@@ -368,19 +376,13 @@ class Target:
         sees, positions = block_visibility(block) if joined else (block.sees, block.positions)
         lengths = cache.lengths[block.first : block.first + block.tokens.shape[0]]
         groups = int(self.config.num_attention_heads) // int(getattr(self.config, "num_key_value_heads", 0) or 1)
-        rotary = part(self.model, self.family.rotary)
         width = cache.attended(max(lengths) + hidden.shape[1])
         masks: dict[str, Tensor] = {}
-        angles: dict[str, tuple[Tensor, Tensor]] = {}
-        for kind in {self.layer_types[layer] for layer in self.layer_ids}:
+        kinds = {self.layer_types[layer] for layer in self.layer_ids}
+        for kind in kinds:
             window = self.window if kind == "sliding_attention" else None
             masks[kind] = attention.tile(additive_mask(sees, positions, lengths, width, hidden.dtype, window), groups)
-            if self.family.rotary_by_type:
-                angles[kind] = rotary(hidden, positions, kind)
-            elif not angles:
-                angles[kind] = rotary(hidden, positions)
-            else:
-                angles[kind] = next(iter(angles.values()))
+        turned = angles(self.model, self.family, hidden, positions, kinds)
         keyword = cache_keyword(layers[0])
         adapter = block.scouts.adapter if joined and block.scouts is not None else None
         with self._gate.open(adapter, block.rows), attention.use_attention(self.config):
@@ -393,7 +395,7 @@ class Target:
                 hidden = layers[layer](
                     hidden,
                     attention_mask=masks[kind],
-                    position_embeddings=angles[kind],
+                    position_embeddings=turned[kind],
                     position_ids=positions,
                     **{keyword: cache},
                     use_cache=True,

@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 
 from outpace.errors import ConfigError, UnsupportedError
-from outpace.target.families import part
+from outpace.target.families import angles, part
 from outpace.target.fast.wide import WidePass, wide_pass
 from outpace.target.taps import check_taps
 
@@ -90,14 +90,10 @@ def _through_modules(batch: Batch, hidden: Tensor, wanted: Collection[str], foun
     target, positions = batch.target, batch.positions
     model, family = target.model, target.family
     assert family is not None  # handled before
-    rotary, layers = part(model, family.rotary), part(model, family.layers)
     spans = _Spans(batch)
-    angles = {
-        kind: rotary(hidden, positions, kind) if family.rotary_by_type else rotary(hidden, positions)
-        for kind in set(target.layer_types)
-    }
+    turned = angles(model, family, hidden, positions, set(target.layer_types))
     with _attending(target.config):
-        for number, layer in enumerate(layers):
+        for number, layer in enumerate(part(model, family.layers)):
             if f"in:{number}" in wanted:
                 found[f"in:{number}"] = hidden
             kind = target.layer_types[number]
@@ -105,7 +101,7 @@ def _through_modules(batch: Batch, hidden: Tensor, wanted: Collection[str], foun
             hidden = layer(
                 hidden,
                 attention_mask=spans,
-                position_embeddings=angles[kind],
+                position_embeddings=turned[kind],
                 position_ids=positions,
                 use_cache=False,
             )

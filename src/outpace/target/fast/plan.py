@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from outpace.errors import UnsupportedError
-from outpace.target.families import part
+from outpace.target.families import angles, part
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -233,7 +233,6 @@ def join_parameters(parameters: Sequence[nn.Parameter]) -> Tensor:
 def _rotary_tables(target: Target, head_size: int) -> dict[str, tuple[Tensor, Tensor]]:
     """Cos and sin of every position, per kind of layer, from the model's own module."""
     assert target.family is not None
-    rotary = part(target.model, target.family.rotary)
     kinds = sorted(set(target.layer_types))
     parameters = getattr(target.config, "rope_parameters", None) or {}
     types = {
@@ -250,8 +249,7 @@ def _rotary_tables(target: Target, head_size: int) -> dict[str, tuple[Tensor, Te
     like = torch.zeros(1, 1, dtype=target.dtype, device=target.device)
     tables = {}
     with torch.no_grad():
-        for kind in kinds:
-            cos, sin = rotary(like, positions, kind) if target.family.rotary_by_type else rotary(like, positions)
+        for kind, (cos, sin) in angles(target.model, target.family, like, positions, kinds).items():
             if cos.shape[-1] != head_size:
                 raise UnsupportedError(f"rotary embedding turns {cos.shape[-1]} of {head_size} dimensions of a head")
             half = head_size // 2
