@@ -119,7 +119,7 @@ def time_passes(name: str, target: Target, rate: float, cases: list[tuple[int, i
             inputs.lengths.copy_(torch.tensor(cache.lengths))
 
             def fast(inputs: Any = inputs, cache: Any = cache, entries: int = context + rows) -> None:
-                target.captured.launch(inputs, cache, entries=entries, layer_ids=target.layer_ids)
+                target.captured.graph(inputs, cache, entries=entries, layer_ids=target.layer_ids)()
 
             def slow(block: Any = block, cache: Any = cache) -> None:
                 target.through("readable").run(block, cache)

@@ -127,25 +127,6 @@ class FastPass:
                 self._inputs[key] = Inputs.empty(batch, rows, self.plan.device, chain=chain, embeds=embeds)
         return self._inputs[key]
 
-    def launch(
-        self,
-        inputs: Inputs,
-        cache: BlockCache,
-        *,
-        entries: int,
-        layer_ids: tuple[int, ...],
-        taps: Collection[str] = (),
-        logits: bool = True,
-        scout_logits: bool = False,
-        adapter: GatedLoRA | None = None,
-    ) -> Outputs:
-        """Replay the pass of this shape (capture it first, if need be). The outputs are overwritten by the next one."""
-        result: Outputs = self.graph(
-            inputs, cache, entries=entries, layer_ids=layer_ids, taps=taps, logits=logits, scout_logits=scout_logits,
-            adapter=adapter,
-        )()  # fmt: skip
-        return result
-
     def graph(
         self,
         inputs: Inputs,
@@ -158,7 +139,7 @@ class FastPass:
         scout_logits: bool = False,
         adapter: GatedLoRA | None = None,
     ) -> Captured:
-        """The pass of this shape, captured; its `result` are `Outputs`.
+        """The pass of this shape, captured if it was not; its result, `Outputs`, is overwritten by its next replay.
 
         entries: cache entries in use, the block's rows included.
 
@@ -242,11 +223,11 @@ class FastPass:
         placed = [*lengths, *([0] * (many - batch)), *range(block.first, block.first + many)]
         inputs.flat[inputs.offsets[3] : inputs.offsets[5]].copy_(torch.tensor(placed), non_blocking=True)
         self._fill(inputs, block, wide)
-        outputs = self.launch(
+        outputs: Outputs = self.graph(
             inputs, cache, entries=entries, layer_ids=layer_ids, taps=taps, logits=logits,
             scout_logits=scouts is not None and scouts.logits,
             adapter=scouts.adapter if scouts is not None else None,
-        )  # fmt: skip
+        )()  # fmt: skip
 
         def keep(values: Tensor) -> Tensor:
             values = values[:batch]
