@@ -15,6 +15,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar
 
+import torch
+
 from outpace.errors import UnsupportedError
 from outpace.laws import Draft, DraftKind, Sampler, Tree, Walk
 
@@ -163,6 +165,14 @@ class Drafter(ABC):
         None, the default: the host calls `propose` between passes.
         """
         return None
+
+
+def along_path(walks: Sequence[Walk], taps: Sequence[Tensor]) -> list[Tensor]:
+    """Taps [B, R, H] at the rows of accepted paths, the root's first: [B, most, H] each, short ones padded."""
+    most = max(len(walk.tokens) for walk in walks)
+    rows = [[0, *(node + 1 for node in walk.nodes)] for walk in walks]
+    index = torch.tensor([row + [0] * (most - len(row)) for row in rows], device=taps[0].device)[..., None]
+    return [tap.gather(1, index.expand(-1, -1, tap.shape[2])) for tap in taps]
 
 
 class TokenDrafter(Drafter):

@@ -15,7 +15,7 @@ from weakref import WeakKeyDictionary
 import torch
 
 from outpace.drafters.ahead import numbers_ahead
-from outpace.drafters.base import Context, Needs, RequestContext
+from outpace.drafters.base import Context, Needs, RequestContext, along_path
 from outpace.drafters.growth import Draws, FixedTree, Plan, Ranks, extend, grow, grow_fixed
 from outpace.drafters.learning import Batch, LearnedDrafter, Losses
 from outpace.drafters.rowcache import RowCache, bucket
@@ -141,12 +141,7 @@ class FollowingDrafter(LearnedDrafter):
 
     def observe(self, context: Context, walks: Sequence[Walk], read: Readout) -> None:
         """Owe each request the rows of its accepted path."""
-        most = max(len(walk.tokens) for walk in walks)
-        index = [[0, *(node + 1 for node in walk.nodes)] for walk in walks]
-        padded = torch.tensor([[*rows, *([0] * (most - len(rows)))] for rows in index], device=context.target.device)
-        taken = torch.cat(
-            [tap.gather(1, padded[..., None].expand(-1, -1, tap.shape[2])) for tap in self._taps(read)], -1
-        )
+        taken = torch.cat(along_path(walks, [read.taps[name] for name in self.module.taps]), -1)
         for b, (request, walk) in enumerate(zip(context.requests, walks, strict=True)):
             self.owe(request, taken[b, : len(walk.tokens)], list(walk.tokens))
 
@@ -182,9 +177,6 @@ class FollowingDrafter(LearnedDrafter):
         if isinstance(self.shape, FixedTree):
             return grow_fixed(self.module, embed, self.cache, self.shape, batch, width, draws)
         return grow(self.module, embed, self.cache, self.shape, batch, width, draws)
-
-    def _taps(self, read: Readout) -> list[Tensor]:
-        return [read.taps[name] for name in self.module.taps]
 
     def _owed(self, request: RequestContext) -> tuple[Tensor, list[int]]:
         parts = self._pending[request]

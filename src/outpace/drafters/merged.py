@@ -5,9 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, ClassVar
 
-import torch
-
-from outpace.drafters.base import Context, Drafter, Needs, RequestContext
+from outpace.drafters.base import Context, Drafter, Needs, RequestContext, along_path
 from outpace.errors import ConfigError
 from outpace.laws import Draft, Tree, Walk
 from outpace.target import Readout
@@ -90,25 +88,16 @@ class Merged(Drafter):
         """Each drafter hears which of its own nodes were accepted; one that reads states gets those of the path."""
         proposed = self._own or [[Tree() for _ in walks] for _ in self.drafters]
         self._own = []
+        # the same round as if the draft had been the accepted path alone
+        chains = [Walk(tuple(range(len(walk.tokens) - 1)), walk.tokens) for walk in walks]
+        taps = dict(zip(read.taps, along_path(walks, list(read.taps.values())), strict=True)) if read.taps else {}
+        path = Readout(read.logits, read.scout_logits, taps)
         for drafter, trees in zip(self.drafters, proposed, strict=True):
             if drafter.needs.taps:
-                drafter.observe(context, *_along_path(walks, read))
+                drafter.observe(context, chains, path)
                 continue
             own = [Walk(_follow(tree, walk.tokens), walk.tokens) for tree, walk in zip(trees, walks, strict=True)]
             drafter.observe(context, own, read)
-
-
-def _along_path(walks: Sequence[Walk], read: Readout) -> tuple[list[Walk], Readout]:
-    """The same round as if the draft had been the accepted path alone: node i of a walk is row i + 1 of the taps."""
-    most = max(len(walk.tokens) for walk in walks)
-    rows = [[0, *(node + 1 for node in walk.nodes)] for walk in walks]
-    padded = [row + [0] * (most - len(row)) for row in rows]
-    taps = {}
-    for name, tap in read.taps.items():
-        index = torch.tensor(padded, device=tap.device)[..., None].expand(-1, -1, tap.shape[2])
-        taps[name] = tap.gather(1, index)
-    chains = [Walk(tuple(range(len(walk.tokens) - 1)), walk.tokens) for walk in walks]
-    return chains, Readout(read.logits, read.scout_logits, taps)
 
 
 def _follow(tree: Tree, tokens: Sequence[int]) -> tuple[int, ...]:
