@@ -68,7 +68,7 @@ class DraftHead(nn.Module):
         """[size] int64: the target's id of each draft token, rising."""
         if not self.reduced:
             return torch.arange(self.vocabulary, device=self._full[0].device)
-        d2t = cast("Tensor", self.d2t)
+        d2t = cast("Tensor", self.offsets)
         return torch.arange(d2t.shape[0], device=d2t.device) + d2t
 
     @property
@@ -94,7 +94,7 @@ class DraftHead(nn.Module):
 
     def to_target(self, drafted: Tensor) -> Tensor:
         """Draft ids -> target ids."""
-        return drafted + cast("Tensor", self.d2t)[drafted] if self.reduced else drafted
+        return drafted if self.offsets is None else drafted + self.offsets[drafted]
 
     def to_draft(self, tokens: Tensor) -> Tensor:
         """Target ids -> draft ids, -1 where there is none."""

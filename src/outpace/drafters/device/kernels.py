@@ -31,6 +31,20 @@ def _rms(x, GAMMA, at, real, eps, SIZE: tl.constexpr):
 
 
 @triton.jit
+def _one_of(which, ONE, TWO, THREE, FOUR, at, real):
+    """A row from one of four tensors, in float32 (Triton has no conditional expression over pointers)."""
+    if which == 0:
+        x = tl.load(ONE + at, mask=real, other=0.0).to(tl.float32)
+    elif which == 1:
+        x = tl.load(TWO + at, mask=real, other=0.0).to(tl.float32)
+    elif which == 2:
+        x = tl.load(THREE + at, mask=real, other=0.0).to(tl.float32)
+    else:
+        x = tl.load(FOUR + at, mask=real, other=0.0).to(tl.float32)
+    return x
+
+
+@triton.jit
 def collect_kernel(
     TAP0, TAP1, TAP2, TAP3, GAMMA0, GAMMA1, GAMMA2, GAMMA3, PATH, EMITTED, COUNTS, RAW, READY, SQUARES, TOKENS, OWED,
     R, emitted_stride, W, eps,
@@ -44,25 +58,11 @@ def collect_kernel(
     at = tl.arange(0, BLOCK)
     real = at < SIZE
     source = (request * R + tl.load(PATH + request * R + step)) * SIZE + at
-    if tap == 0:
-        x = tl.load(TAP0 + source, mask=real, other=0.0).to(tl.float32)
-    elif tap == 1:
-        x = tl.load(TAP1 + source, mask=real, other=0.0).to(tl.float32)
-    elif tap == 2:
-        x = tl.load(TAP2 + source, mask=real, other=0.0).to(tl.float32)
-    else:
-        x = tl.load(TAP3 + source, mask=real, other=0.0).to(tl.float32)
+    x = _one_of(tap, TAP0, TAP1, TAP2, TAP3, source, real)
     to = (row * TAPS + tap).to(tl.int64) * SIZE + at
     tl.store(RAW + to, x.to(RAW.dtype.element_ty), mask=real)
     if EACH or ALL:
-        if tap == 0:
-            gamma = tl.load(GAMMA0 + at, mask=real, other=0.0).to(tl.float32)
-        elif tap == 1:
-            gamma = tl.load(GAMMA1 + at, mask=real, other=0.0).to(tl.float32)
-        elif tap == 2:
-            gamma = tl.load(GAMMA2 + at, mask=real, other=0.0).to(tl.float32)
-        else:
-            gamma = tl.load(GAMMA3 + at, mask=real, other=0.0).to(tl.float32)
+        gamma = _one_of(tap, GAMMA0, GAMMA1, GAMMA2, GAMMA3, at, real)
         squares = tl.sum(x * x, 0)
         if ALL:
             tl.store(SQUARES + row * TAPS + tap, squares)

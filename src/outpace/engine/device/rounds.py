@@ -162,11 +162,12 @@ class DeviceRounds:
         requests, cache = context.requests, context.cache
         batch, rows = padded_batch(len(requests)), padded_rows(1 + draft.nodes)
         inputs, lane = self.fast.inputs(batch, rows), self._lane(batch, rows)
-        course, flags = self._course, [r.speculate for r in requests]
-        goes_on = course is not None and course.serves(requests, draft)
-        if goes_on and self._flying and (not wanted or course.speculate != flags):  # type: ignore[union-attr]
+        flags = [r.speculate for r in requests]
+        course = self._course if self._course is not None and self._course.serves(requests, draft) else None
+        changed = course is None or course.speculate != flags
+        if course is not None and self._flying and (changed or not wanted):
             return
-        if not goes_on or course.speculate != flags:  # type: ignore[union-attr]
+        if changed:
             self.forget()
             draft.join(context, batch)
             self._sampled = lane.load(requests)
