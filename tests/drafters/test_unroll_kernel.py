@@ -1,15 +1,11 @@
 """The kernels of unrolled attention in Triton's interpreter, against the tensors they stand for."""
 
-import os
-
 import pytest
 import torch
 
-if torch.cuda.is_available():
-    pytest.skip("a GPU is there: tests/gpu runs the compiled kernels", allow_module_level=True)
-pytest.importorskip("triton", reason="needs Triton (in the dev extra on Linux)")
-if os.environ.get("TRITON_INTERPRET") != "1":
-    pytest.skip("needs TRITON_INTERPRET=1 before Triton is imported (tests/conftest.py)", allow_module_level=True)
+from interpreted import require_interpreter
+
+require_interpreter()
 
 from outpace.drafters import unroll, unroll_fused
 

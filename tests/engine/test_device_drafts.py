@@ -1,15 +1,11 @@
 """Between a draft and its pass: numbers ahead as the host's, trees laid as the host lays them."""
 
-import os
-
 import pytest
 import torch
 
-if torch.cuda.is_available():
-    pytest.skip("a GPU is there: tests/gpu runs the compiled kernels", allow_module_level=True)
-pytest.importorskip("triton", reason="needs Triton (in the dev extra on Linux)")
-if os.environ.get("TRITON_INTERPRET") != "1":
-    pytest.skip("needs TRITON_INTERPRET=1 before Triton is imported (tests/conftest.py)", allow_module_level=True)
+from interpreted import require_interpreter
+
+require_interpreter()
 
 from outpace.engine.device.drafts import NO_ROOM, lay, numbers_ahead
 from outpace.engine.device.lanes import fill

@@ -1,15 +1,11 @@
 """Rounds on the device, played by Triton's interpreter: the text of plain decoding, the drafts of `propose`."""
 
-import os
-
 import pytest
 import torch
 
-if torch.cuda.is_available():
-    pytest.skip("a GPU is there: tests/gpu runs the captured rounds", allow_module_level=True)
-pytest.importorskip("triton", reason="needs Triton (in the dev extra on Linux)")
-if os.environ.get("TRITON_INTERPRET") != "1":
-    pytest.skip("needs TRITON_INTERPRET=1 before Triton is imported (tests/conftest.py)", allow_module_level=True)
+from interpreted import require_interpreter
+
+require_interpreter()
 
 from outpace import Engine
 from outpace.drafters.device import fused
@@ -18,6 +14,7 @@ from outpace.drafters.eagle import Eagle, Eagle2, Eagle3
 from outpace.drafters.medusa import Medusa
 from outpace.drafters.mtp import MTP, MTPHeads
 from outpace.engine.device import rounds as rounds_module
+from spies import paths_laid, submit_all, trees_proposed
 from tiny import DEFAULT_PATHS, PROMPTS
 from uncaptured import uncaptured_target
 
@@ -56,32 +53,9 @@ def device_trees(engine):
     def spy(tokens, parents, depth, room, vocabulary, inputs):
         lay(tokens, parents, depth, room, vocabulary, inputs)
         for b, request in enumerate(engine._context.requests):
-            rows, hangs = inputs.tokens[b].tolist(), inputs.parents[b].tolist()
-            paths = {}
-            for row, parent in enumerate(hangs):
-                if parent >= 0 and (parent == 0 or parent in paths):
-                    paths[row] = (*paths.get(parent, ()), rows[row])
-            found[request.sampler.dice.request, int(inputs.lengths[b]) + 1] = set(paths.values())
+            found[request.sampler.dice.request, int(inputs.lengths[b]) + 1] = paths_laid(inputs, b)
 
     return found, spy
-
-
-def host_trees(drafter):
-    """What `propose` says, likewise."""
-    found = {}
-    propose = drafter.propose
-
-    def spy(context):
-        draft = propose(context)
-        for request, tree in zip(context.requests, draft.trees(), strict=True):
-            tree = tree.limited(request.depth_limit)
-            found[request.sampler.dice.request, len(request.tokens)] = {
-                path[: end + 1] for path in map(tuple, tree.paths()) for end in range(len(path))
-            }
-        return draft
-
-    drafter.propose = spy
-    return found
 
 
 @pytest.mark.parametrize(
@@ -97,7 +71,7 @@ def test_the_text_is_that_of_plain_decoding_and_the_drafts_are_those_of_propose(
     wanted = Engine(target, path="readable").generate(prompts, **options)
     drafter = awake(MAKERS[name](), target)
     readable = drafter.for_decoding()
-    said = host_trees(readable)
+    said = trees_proposed(readable)
     read = Engine(target, readable, path="readable", stand_down=False).generate(prompts, **options)
     engine = Engine(target, drafter, stand_down=False, check_integrity=True)
     monkeypatch.setattr(drafter, "propose", None)  # not to be called
@@ -123,10 +97,7 @@ def test_requests_join_leave_and_stand_down(name, monkeypatch):
     options = {"temperature": 0.8, "seed": 5, "ignore_eos": True}
 
     def text(engine):
-        uids = [
-            engine.submit(prompt, max_new_tokens=n, request=i, **options)
-            for i, (prompt, n) in enumerate(zip(PROMPTS, lengths, strict=False))
-        ]
+        uids = submit_all(engine, PROMPTS[:5], lengths, **options)
         decide = engine.pace.decide
 
         def pauses(requests):
@@ -148,7 +119,7 @@ def test_requests_join_leave_and_stand_down(name, monkeypatch):
     wanted = text(Engine(target, path="readable", max_batch=3))
     drafter = awake(MAKERS[name](), target)
     readable = drafter.for_decoding()
-    said = host_trees(readable)
+    said = trees_proposed(readable)
     assert text(Engine(target, readable, path="readable", max_batch=3, stand_down=False)) == wanted
     engine = Engine(target, drafter, max_batch=3, stand_down=False, check_integrity=True)
     found, spy = device_trees(engine)

@@ -11,6 +11,7 @@ from outpace.drafters.growth import DEFAULT_PATHS
 from outpace.drafters.medusa import Medusa
 from outpace.drafters.mtp import MTP, MTPHeads
 from outpace.target import Target
+from spies import paths_laid, served, trees_proposed
 from tiny import PROMPTS, make_model
 
 pytestmark = [
@@ -51,33 +52,6 @@ def awake(drafter, target):
     return drafter
 
 
-def laid(inputs, b):
-    """Paths of the tree in request b's rows."""
-    rows, hangs = inputs.tokens[b].tolist(), inputs.parents[b].tolist()
-    paths = {}
-    for row, parent in enumerate(hangs):
-        if parent == 0 or parent in paths:
-            paths[row] = (*paths.get(parent, ()), rows[row])
-    return set(paths.values())
-
-
-def drafts_said(drafter):
-    found = {}
-    propose = drafter.propose
-
-    def spy(context):
-        draft = propose(context)
-        for request, tree in zip(context.requests, draft.trees(), strict=True):
-            tree = tree.limited(request.depth_limit)
-            found[request.sampler.dice.request, len(request.tokens)] = {
-                path[: end + 1] for path in map(tuple, tree.paths()) for end in range(len(path))
-            }
-        return draft
-
-    drafter.propose = spy
-    return found
-
-
 def drafts_laid(engine, monkeypatch):
     """Read the rows of a pass back behind every captured draft; the graphs are those of steady state."""
     from outpace.engine.device.rounds import DeviceRounds
@@ -92,7 +66,7 @@ def drafts_laid(engine, monkeypatch):
             graph()
             torch.cuda.synchronize()
             for b, request in enumerate(engine._context.requests):
-                found[request.sampler.dice.request, int(inputs.lengths[b]) + 1] = laid(inputs, b)
+                found[request.sampler.dice.request, int(inputs.lengths[b]) + 1] = paths_laid(inputs, b)
 
         return replay
 
@@ -109,7 +83,7 @@ def test_captured_drafts_are_those_of_propose(target, name, count, temperature, 
     wanted = Engine(target, path="readable").generate(prompts, **options)
     drafter = awake(MAKERS[name](), target)
     readable = drafter.for_decoding()
-    said = drafts_said(readable)
+    said = trees_proposed(readable)
     read = Engine(target, readable, path="readable", stand_down=False).generate(prompts, **options)
     engine = Engine(target, drafter, path="fast", stand_down=False, check_integrity=True)
     monkeypatch.setattr(drafter, "propose", None)  # not to be called
@@ -137,16 +111,7 @@ def test_requests_join_and_leave_captured_drafts(target, name, temperature):
     engine = Engine(target, awake(MAKERS[name](), target), path="fast", max_batch=3, check_integrity=True)
     for stand_down in (False, True):
         engine.pace.enabled = stand_down
-        uids = [
-            engine.submit(p, max_new_tokens=n, request=i, **options)
-            for i, (p, n) in enumerate(zip(PROMPTS, lengths, strict=True))
-        ]
-        done = {}
-        while engine.active:
-            for progress in engine.step():
-                if progress.chunk.output is not None:
-                    done[progress.uid] = progress.chunk.output.tokens
-        assert [done[uid] for uid in uids] == wanted
+        assert served(engine, PROMPTS, lengths, **options) == wanted
 
 
 @pytest.mark.parametrize("name", ["eagle3", "mtp_heads", "medusa"])

@@ -9,6 +9,7 @@ from outpace import Engine
 from outpace.drafters import make_drafter
 from outpace.drafters.draft_model import DraftModel
 from outpace.target import Block, Target
+from spies import served
 from tiny import DRAFTERS, FAMILIES, PROMPTS, make_model
 
 pytestmark = [
@@ -104,16 +105,7 @@ def test_requests_join_and_leave_the_captured_loop(pair, temperature):
         for i, (p, n) in enumerate(zip(PROMPTS, lengths, strict=True))
     ]
     engine = Engine(target, path="fast", max_batch=3, check_integrity=True)
-    uids = [
-        engine.submit(p, max_new_tokens=n, request=i, **options)
-        for i, (p, n) in enumerate(zip(PROMPTS, lengths, strict=True))
-    ]
-    done = {}
-    while engine.active:
-        for progress in engine.step():
-            if progress.chunk.output is not None:
-                done[progress.uid] = progress.chunk.output.tokens
-    assert [done[uid] for uid in uids] == wanted
+    assert served(engine, PROMPTS, lengths, **options) == wanted
 
 
 def test_a_sequence_that_outgrows_its_bucket_goes_on():
