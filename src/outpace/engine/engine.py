@@ -239,7 +239,7 @@ class Engine:
 
             if self._device is not None:
                 self._device.forget()  # the model was moved: what its rounds left owed is the host's again
-            self._device = DeviceRounds(fast, self.target.layer_ids, drafts=self.target.path == "fast")
+            self._device = DeviceRounds(fast, self.target.layer_ids)
         return self._device if self._device.serves(self.drafter) else None
 
     def cancel(self, uid: int) -> Output:

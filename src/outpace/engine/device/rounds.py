@@ -47,13 +47,11 @@ class DeviceRounds:
 
     Args:
         fast: the model's captured passes. layer_ids: layers that run.
-        drafts: whether drafters that can draft on the device do so; otherwise the host drafts between passes.
     """
 
-    def __init__(self, fast: FastPass, layer_ids: tuple[int, ...], *, drafts: bool) -> None:
+    def __init__(self, fast: FastPass, layer_ids: tuple[int, ...]) -> None:
         self.fast = fast
         self._layer_ids = layer_ids
-        self._drafting = drafts
         self._lanes: dict[tuple[int, int], Lane] = {}
         self._hosts: dict[int, Tensor] = {}
         self._walks: WeakKeyDictionary[BlockCache, dict[Any, Captured]] = WeakKeyDictionary()
@@ -97,7 +95,7 @@ class DeviceRounds:
         requests = context.requests
         wanted = drafter is not None and any(r.speculate and r.depth_limit for r in requests)
         taps = drafter.needs.taps if drafter is not None else frozenset()
-        draft = _device_draft(drafter) if self._drafting else None
+        draft = _device_draft(drafter)
         under_way = bool(self._flying) and self._course is not None and self._course.serves(requests, draft)
         trees: list[Tree] | None = None
         drafted_ms = 0.0
