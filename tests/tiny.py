@@ -87,7 +87,7 @@ def learned(name, spec, *, shaken=False):
     if shaken:
         generator = torch.Generator().manual_seed(4)
         for parameter in drafter.module.parameters():
-            parameter.data.normal_(std=0.3, generator=generator)
+            parameter.data.copy_(0.3 * torch.randn(parameter.shape, generator=generator))
     return drafter
 
 
