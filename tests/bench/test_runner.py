@@ -7,6 +7,7 @@ import sys
 import textwrap
 import threading
 import time
+from dataclasses import replace
 
 import pytest
 
@@ -16,7 +17,7 @@ from outpace.bench import BenchConfig, Ledger, bench, derive
 from outpace.bench.config import STOCK
 from outpace.bench.ledger import set_aside
 from outpace.bench.methods import PLAIN, EngineMethod
-from outpace.bench.runner import plan
+from outpace.bench.runner import RETAKES, plan
 from outpace.bench.watchdog import LastResort, Overdue, deadline
 from outpace.drafters import TokenDrafter
 from outpace.errors import ConfigError, ResultError
@@ -82,6 +83,25 @@ class TestFigures:
             method = Scripted("learner", clock)
             play([Scripted(PLAIN, clock), method], changed(state=state), suite, clock)
             assert method.forgotten == times
+
+    def test_a_trial_that_captures_graphs_is_taken_again(self, play, suite, clock):
+        class Capturing(Scripted):
+            def answer(self, jobs, clock=None):
+                trial = super().answer(jobs, clock)
+                return replace(trial, captures=self.left.pop() if self.left else 0)
+
+        slow_at_first = Capturing("b", clock, ms=lambda request: 50.0 if slow_at_first.left else 5.0)
+        slow_at_first.left = [1, 2]
+        never_steady = Capturing("c", clock)
+        never_steady.left = [1] * 1000
+        result = play([Scripted(PLAIN, clock), slow_at_first, never_steady], changed(repetitions=1), suite, clock)
+        prompts = sum(len(question.turns) for question in suite.questions)
+        assert slow_at_first.calls == prompts + 2
+        assert slow_at_first.forgotten == slow_at_first.calls
+        assert row(result, "b")["measured"]["ratio"] == pytest.approx(2.0)
+        assert never_steady.calls == prompts * (1 + RETAKES)
+        assert result["harness"]["retakes"] == 2 + RETAKES * prompts
+        assert result["harness"]["capturing"] == prompts
 
     def test_texts_that_loop_are_no_part_of_the_headline(self, play, suite, clock):
         def tokens(request):

@@ -81,6 +81,8 @@ def _harness(ledger: Ledger) -> dict[str, Any] | None:
         "bookkeeping_us_per_round": us,
         "share_of_timed": us * rounds / 1e3 / timed,
         "share_between_trials": max(0.0, 1 - timed / 1e3 / seconds) if seconds else None,
+        "retakes": sum(trial.retakes for trial in trials),
+        "capturing": sum(trial.captures > 0 for trial in trials),
     }
 
 

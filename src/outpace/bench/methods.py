@@ -172,7 +172,7 @@ def drive(engine: Engine, jobs: Sequence[Job], clock: Clock = time.perf_counter)
     Whatever goes wrong, the engine is left without requests.
     """
     device = engine.target.device
-    before = dataclasses.asdict(engine.timing)
+    before, graphs = dataclasses.asdict(engine.timing), _graphs(engine)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     wait_for(device)
@@ -206,7 +206,13 @@ def drive(engine: Engine, jobs: Sequence[Job], clock: Clock = time.perf_counter)
         split_ms={name.removesuffix("_ms"): value for name, value in spent.items() if name.endswith("_ms")},
         rounds=int(spent["rounds"]),
         peak_bytes=torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None,
+        captures=_graphs(engine) - graphs,
     )
+
+
+def _graphs(engine: Engine) -> int:
+    captured = engine.target.captured
+    return 0 if captured is None else captured.capture.graphs
 
 
 def wait_for(device: torch.device) -> None:

@@ -22,6 +22,7 @@ _STEPS = 2000
 @dataclass
 class _Target:
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    captured: None = None
 
 
 @dataclass

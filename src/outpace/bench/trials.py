@@ -84,6 +84,7 @@ class Trial:
         split_ms: "prefill", "draft", "pass", "walk", "other" as the engine adds them up; empty where unknown.
         rounds: rounds of the batch (a round serves all its requests).
         peak_bytes: most memory allocated on the device during the trial, weights included; None on CPU.
+        captures: CUDA graphs captured inside its time. retakes: takes before it that were thrown away for capturing.
     """
 
     answers: tuple[Answer, ...]
@@ -91,6 +92,8 @@ class Trial:
     split_ms: Mapping[str, float] = field(default_factory=dict)
     rounds: int | None = None
     peak_bytes: int | None = None
+    captures: int = 0
+    retakes: int = 0
 
     @property
     def emitted(self) -> int:

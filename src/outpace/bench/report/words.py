@@ -116,6 +116,11 @@ def conditions(result: Mapping[str, Any]) -> list[str]:
             f"Keeping the books costs {harness['bookkeeping_us_per_round']:.1f} us a round inside the timed windows "
             f"({harness['share_of_timed']:.4%} of them)."
         )
+        if harness.get("retakes"):
+            lines.append(
+                f"{harness['retakes']} takes in which CUDA graphs were captured were thrown away and taken again; "
+                f"{harness['capturing']} of those that count still hold a capture."
+            )
     before = (result.get("state") or {}).get("before") or {}
     after = (result.get("state") or {}).get("after") or {}
     if before.get("load"):
