@@ -3,8 +3,8 @@
     python benchmarks/roofline.py                          # every section
     python benchmarks/roofline.py --section pass --model 8b
     python benchmarks/roofline.py --section tiles          # which tile sizes suit this GPU (slow: compiles hundreds)
-    python benchmarks/roofline.py --section round --model 135m,8b
-    python benchmarks/roofline.py --section round --model smollm2 --drafters 'FOLDER;suffix'
+    python benchmarks/roofline.py --section round --model 8b --out benchmarks/results/roofline_rounds_8b.json
+    python benchmarks/roofline.py --section round --model smollm2 --drafters 'FOLDER;suffix' --out FILE.json
 
 Sections: `pass` (milliseconds of a pass by rows and context, fast and through the model's modules), `decode` (tokens
 per second of plain decoding beside transformers.generate, real text), `batch` (tokens per second by batch), `round`
@@ -347,12 +347,12 @@ def round_parts(name: str, target: Target, specs: list[str], new: int = 200) -> 
 def main() -> None:
     """Run the chosen sections and write one result file."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--section", default="pass,decode,batch")
+    parser.add_argument("--section", default="pass")
     parser.add_argument("--model", default="135m,8b", help="135m, 8b (random weights), or smollm2 for decode")
     parser.add_argument("--shapes", default="135m,8b")
     parser.add_argument("--drafters", default="", help="for round: specs or folders, separated by semicolons")
     parser.add_argument("--part", default="0/1")
-    parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--out", type=Path, default=RESULTS / "roofline.json")
     options = parser.parse_args()
     sections = options.section.split(",")
     if "compile" in sections:
@@ -371,11 +371,12 @@ def main() -> None:
         result["tiles"] = tiles(rate, options.shapes.split(","))
     models = options.model.split(",")
     for name in models:
-        if name in SHAPES and "pass" in sections:
+        if name in SHAPES and {"pass", "batch"} & set(sections):
             target = Target(shape_model(name), name=name)
             cases = [(1, 1, 512), (1, 8, 512), (1, 16, 512), (1, 32, 512), (1, 64, 512), (1, 32, 8000), (8, 1, 512)]
             cases += [(32, 1, 512), (128, 1, 512)] if name == "135m" else [(32, 1, 512)]
-            result.setdefault("pass", []).extend(time_passes(name, target, rate, cases))
+            if "pass" in sections:
+                result.setdefault("pass", []).extend(time_passes(name, target, rate, cases))
             if "batch" in sections:
                 sizes = (1, 8, 32, 128) if name == "135m" else (1, 8, 32)
                 result.setdefault("batch", []).extend(batches(name, target, rate, sizes))
@@ -392,8 +393,8 @@ def main() -> None:
             torch.cuda.empty_cache()
     if "decode" in sections and "smollm2" in models:
         result["decode"] = decode("smollm2", Engine.from_pretrained("smollm2", device="cuda"))
-    options.out.mkdir(parents=True, exist_ok=True)
-    (options.out / "roofline.json").write_text(json.dumps(result, indent=1) + "\n")
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    options.out.write_text(json.dumps(result, indent=1) + "\n")
 
 
 if __name__ == "__main__":

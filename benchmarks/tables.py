@@ -68,6 +68,44 @@ def pass_table(result: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def _where(about: dict[str, Any]) -> str:
+    return f"{about['device']}, bfloat16. torch {about['torch']}, transformers {about['transformers']}."
+
+
+def rounds_table(result: dict[str, Any]) -> str:
+    """One row per drafter, temperature and batch: milliseconds of a round's parts."""
+    lines = [
+        "| drafter | T | batch | draft | pass | walk | host | round, ms | outside the pass | tokens/round |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for row in result["round"]:
+        parts = " | ".join(f"{row[part]:.2f}" for part in ("draft_ms", "pass_ms", "walk_ms"))
+        lines.append(
+            f"| `{row['drafter']}` | {row['temperature']:g} | {row['batch']} | {parts} | {max(0.0, row['host_ms']):.2f} | "
+            f"{row['round_ms']:.2f} | {row['outside_pass']:.0%} | {row['emitted_per_round']:.2f} |"
+        )
+    lines += ["", f"{result['round'][0]['model']}, {_where(result['about'])}"]
+    return "\n".join(lines) + "\n"
+
+
+def decode_table(result: dict[str, Any]) -> str:
+    """Plain decoding beside stock generate, and by batch size."""
+    fastest = result["decode"][0]["tokens_per_second"]
+    lines = ["| plain decoding of SmolLM2, batch 1 | tokens/s | outpace against it |", "| --- | --- | --- |"]
+    for row in result["decode"]:
+        speed = row["tokens_per_second"]
+        lines.append(f"| {row['method']} | {speed:,.0f} | {fastest / speed:.1f}x |")
+    lines += ["", "| model | batch | tokens/s | round, ms | floor, ms | share of the floor |"]
+    lines.append("| --- | --- | --- | --- | --- | --- |")
+    for row in result["batch"]:
+        lines.append(
+            f"| {row['model']} | {row['batch']} | {row['tokens_per_second']:,.0f} | {row['ms_per_round']:.2f} | "
+            f"{row['floor_ms']:.2f} | {row['share_of_floor']:.0%} |"
+        )
+    lines += ["", f"{_where(result['about'])} Batches: the shapes with random weights, plain decoding."]
+    return "\n".join(lines) + "\n"
+
+
 def acceptance_table(result: dict[str, Any]) -> str:
     """Tokens per pass of drafters, per task, a row per drafter and temperature."""
     rows, about = result["rows"], result["about"]
@@ -95,11 +133,15 @@ def acceptance_table(result: dict[str, Any]) -> str:
 
 def training_table(result: dict[str, Any]) -> str:
     """What a training step costs, a row per drafter."""
-    lines = ["| drafter | step, ms | tokens/s | features' share | peak memory |", "| --- | --- | --- | --- | --- |"]
+    lines = [
+        "| drafter | step, ms | tokens/s | features' share | share of the arithmetic peak | peak memory |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
     for row in result["rows"]:
-        share = f"{row['feature_share']:.0%}" if row["feature_share"] else "in the objective"
+        share = f"{row['feature_share']:.0%}" if row["feature_share"] > 0.01 else "in the objective"
+        peak = "not counted" if row["share_of_peak"] is None else f"{row['share_of_peak']:.0%}"
         lines.append(
-            f"| `{row['drafter']}` | {row['step_ms']:.0f} | {row['tokens_per_second'] / 1e3:.0f} k | {share} | "
+            f"| `{row['drafter']}` | {row['step_ms']:.0f} | {row['tokens_per_second'] / 1e3:.0f} k | {share} | {peak} | "
             f"{row['memory_gib']:.1f} GiB |"
         )
     about = result["about"]
@@ -117,6 +159,10 @@ def table(name: str) -> str:
     plain = json.loads(file.read_text())
     if "pass" in plain:
         return pass_table(plain)
+    if "round" in plain:
+        return rounds_table(plain)
+    if "decode" in plain:
+        return decode_table(plain)
     if "rows" in plain:
         return acceptance_table(plain) if "questions" in plain["about"] else training_table(plain)
     return readme_table(load_result(file))
