@@ -122,7 +122,7 @@ def test_numbers_without_a_teacher_are_those_of_the_drafters_own_laws(exact, wri
     alive = windows.lives(batch.documents, counts)
     rows = run_behind(
         exact, reading, drafter.module.embedding(u), windows.positions(batch.positions),
-        windows.sees(batch.documents), drafter.module.adapter,
+        windows.spans(batch.documents), drafter.module.adapter,
     )  # fmt: skip
     head = exact.model.get_output_embeddings()
     laws = torch.softmax(head(rows.hidden), -1).view(1, 20, 4, -1)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from outpace.errors import UnsupportedError
-from outpace.target import Block, GatedLoRA, Scouts, Target, read, run_behind
+from outpace.target import Block, GatedLoRA, Scouts, Spans, Target, read, run_behind
 from tiny import FAMILIES, PROMPTS, make_model
 
 DOCUMENTS = [PROMPTS[4], PROMPTS[0], PROMPTS[2]]
@@ -47,18 +47,10 @@ def packed():
 STARTS = torch.tensor([[2, 9, 17], [1, 4, 6]])
 
 
-def sees(b, row, key, documents, starts=STARTS):
-    window, start = row // SLOTS, starts[b, row // SLOTS]
-    real = key.clamp(max=documents.shape[1] - 1)
-    before = (key < start) & (documents[b, real] == documents[b, start])
-    other = key - documents.shape[1]
-    return before | ((other >= 0) & (other // SLOTS == window) & (other % SLOTS <= row % SLOTS))
-
-
 def run(target, adapter, embeds, tokens, documents, positions, kernel="dense"):
     reading = read(target, tokens, documents, positions, kernel)
     at = (positions.gather(1, STARTS)[..., None] + torch.arange(SLOTS)).flatten(1)
-    rows = run_behind(target, reading, embeds, at, lambda b, q, k: sees(b, q, k, documents), adapter, kernel)
+    rows = run_behind(target, reading, embeds, at, Spans.of(STARTS, documents), adapter, kernel)
     return reading, rows
 
 
@@ -137,35 +129,34 @@ def test_what_a_window_cannot_see_does_not_change_it(target):
 
 
 @torch.inference_mode()
-def test_flex_attention_agrees_with_the_dense_definition(target):
+def test_windows_run_slot_by_slot_are_windows_run_at_once(target):
     tokens, documents, positions = packed()
     adapter, embeds = adapter_of(target), embeds_of(target)
-    dense = run(target, adapter, embeds, tokens, documents, positions)
-    flex = run(target, adapter, embeds, tokens, documents, positions, kernel="flex")
-    for a, b in zip(dense, flex, strict=True):
-        torch.testing.assert_close(a.hidden, b.hidden, atol=1e-9, rtol=0)
+    reading, whole = run(target, adapter, embeds, tokens, documents, positions)
+    at, count = whole.positions.view(2, -1, SLOTS), STARTS.shape[1]
+    spans, earlier = Spans.of(STARTS, documents), None
+    for part in (slice(0, 2), slice(2, 3)):
+        rows = run_behind(
+            target, reading, embeds.unflatten(1, (count, SLOTS))[:, :, part].flatten(1, 2), at[:, :, part].flatten(1),
+            spans, adapter, earlier=earlier,
+        )  # fmt: skip
+        earlier = rows if earlier is None else earlier.grown(rows, count)
+    torch.testing.assert_close(earlier.hidden, whole.hidden, atol=1e-9, rtol=0)
+    assert torch.equal(earlier.positions, whole.positions)
 
 
-@torch.inference_mode()
-def test_blocks_that_are_skipped_taken_whole_or_looked_into(exact_llama):
-    """Several blocks of 128 rows and keys, not multiples of it."""
-    target = exact_llama
-    generator = torch.Generator().manual_seed(0)
-    tokens = torch.randint(2, 40, (2, 300), generator=generator)
-    documents = (torch.arange(300) // torch.tensor([[90], [250]])) + 1
-    positions = torch.arange(300) % torch.tensor([[90], [250]])
-    starts = torch.stack([torch.randperm(290, generator=generator)[:90].sort().values + 5 for _ in range(2)])
-    embeds = torch.randn(2, 90 * SLOTS, target.hidden_size, generator=generator, dtype=torch.float64)
-    at = (positions.gather(1, starts)[..., None] + torch.arange(SLOTS)).flatten(1)
-    found = []
-    for kernel in ("dense", "flex"):
-        reading = read(target, tokens, documents, positions, kernel)
-        found.append(
-            run_behind(
-                target, reading, embeds, at, lambda b, q, k: sees(b, q, k, documents, starts), None, kernel
-            ).hidden
-        )
-    torch.testing.assert_close(*found, atol=1e-9, rtol=0)
+def test_spans_are_ranges_of_documents_and_rows_of_windows():
+    _, documents, _ = packed()
+    seen = Spans.of(STARTS, documents).mask(24, 9, 9)
+    for b in range(2):
+        for row in range(9):
+            w, start = row // SLOTS, int(STARTS[b, row // SLOTS])
+            for key in range(33):
+                own = key - 24
+                wanted = (key < start and documents[b, key] == documents[b, start]) or (
+                    own // SLOTS == w and own <= row
+                )
+                assert bool(seen[b, row, key]) == wanted
 
 
 def test_gradients_reach_adapter_and_embeddings_and_nothing_else(target):

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from outpace.target import GatedLoRA, Target, read, run_behind
+from outpace.target import GatedLoRA, Spans, Target, read, run_behind
 from outpace.target.fast import wide as wide_module
 from outpace.target.fast.wide import wide_pass
 from tiny import FAMILIES, make_model
@@ -16,7 +16,8 @@ POSITIONS = torch.tensor([[*range(7), *range(5)], [*range(12)]])
 def rows_behind(target, adapter, embeds):
     reading = read(target, TOKENS, DOCUMENTS, POSITIONS)
     where = torch.tensor([[5, 6, 7], [3, 4, 5]])
-    rows = run_behind(target, reading, embeds, where, lambda b, row, key: (key < 3) | (key - 12 == row), adapter)
+    spans = Spans.of(torch.full((2, 3), 3), DOCUMENTS)
+    rows = run_behind(target, reading, embeds, where, spans, adapter)
     return reading.hidden, rows.hidden
 
 

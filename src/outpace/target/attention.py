@@ -84,4 +84,4 @@ def register() -> None:
     from outpace.target import behind
 
     AttentionInterface.register(NAME, grouped_attention)
-    AttentionInterface.register(behind.FLEX, behind.flex_attention)
+    AttentionInterface.register(behind.FUSED, behind.fused_attention)

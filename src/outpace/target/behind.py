@@ -1,23 +1,21 @@
 """Rows behind a frozen context, with gradients: the pass that training of scouts runs.
 
 The frozen model reads packed documents once, without gradient, and every layer's keys and values are kept (`read`).
-Other rows then run through the same layers behind them, with an adapter, and see what a predicate lets them see
-(`run_behind`). Many windows per document share one reading.
+Windows of other rows then run through the same layers behind them, with an adapter (`run_behind`): each sees one range
+of the reading, and itself (`Spans`). Many windows per document share one reading.
 
-Knows no loss and no method. Attention is dense under a mask (the reference), or PyTorch's flex attention, which skips
-the blocks nobody sees; on a GPU that is most of them.
+Knows no loss and no method. Attention is dense under a mask (the reference), or on a GPU a kernel that walks over the
+ranges (`behind_fused`).
 """
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable
+import importlib.util
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, Literal
 
 import torch
-from torch.nn import functional as F
 
 from outpace.errors import UnsupportedError
 from outpace.target import attention
@@ -31,13 +29,65 @@ if TYPE_CHECKING:
     from outpace.target.adapters import GatedLoRA
     from outpace.target.model import Target
 
-Sees = Callable[["Tensor", "Tensor", "Tensor"], "Tensor"]
-"""(batch index, row, key) -> bool, element by element on int64 tensors that broadcast."""
-Kernel = Literal["dense", "flex"]
+Kernel = Literal["dense", "fused"]
 
-FLEX: Final = "outpace_flex"
-_BLOCK: Final = 128
+FUSED: Final = "outpace_behind"
 _NO_MODULE: Final = torch.nn.Module()  # transformers' signature of attention wants one
+_NO_WINDOW: Final = 1 << 30
+
+
+@dataclass(frozen=True, slots=True)
+class Spans:
+    """What windows of rows see: W in each batch row, all of the same number of rows, one window behind the other.
+
+    A row sees the entries first <= i < start of the reading, the rows of its window before it, and itself. Positions
+    rise by one within a range and within a window.
+
+    Attributes:
+        firsts, starts: [B, W] int64.
+    """
+
+    firsts: Tensor
+    starts: Tensor
+
+    @classmethod
+    def of(cls, starts: Tensor, documents: Tensor) -> Spans:
+        """Windows that see their document up to `starts` [B, W]; documents [B, T], equal within one."""
+        place = torch.arange(documents.shape[1], device=documents.device).expand_as(documents)
+        begins = documents != documents.roll(1, 1)
+        begins[:, 0] = True
+        firsts = torch.where(begins, place, 0).cummax(1).values
+        return cls(firsts.gather(1, starts), starts)
+
+    def mask(self, entries: int, rows: int, own: int) -> Tensor:
+        """[B, rows, entries + own] bool over the reading, then the windows' own rows.
+
+        rows: those that look, the last of each window's. own: all of the windows', 0 if they see the reading alone.
+        """
+        batch, windows = self.starts.shape
+        each, count = rows // windows, own // windows
+        at = torch.arange(entries, device=self.starts.device)
+        before = (at >= self.firsts[..., None]) & (at < self.starts[..., None])
+        before = before.repeat_interleave(each, 1)
+        itself = torch.eye(windows, dtype=torch.bool, device=at.device)
+        causal = torch.ones(each, count, dtype=torch.bool, device=at.device).tril(count - each)
+        among = (itself[:, None, :, None] & causal[:, None]).reshape(rows, own)
+        return torch.cat([before, among.expand(batch, -1, -1)], 2)
+
+
+@dataclass(frozen=True, slots=True)
+class Range:
+    """`Spans` as the kernel takes them, for one kind of layer.
+
+    Attributes:
+        lows: [B, R] int32, first entry each row sees: later than the span's where the layer slides.
+        starts: [B, W] int32.
+        window: own rows that far behind are out of sight.
+    """
+
+    lows: Tensor
+    starts: Tensor
+    window: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,34 +105,65 @@ class Reading:
     positions: Tensor
     hidden: Tensor
 
-    def extended(self, other: Reading) -> Reading:
-        """This one with the entries of another behind it."""
+    def grown(self, other: Reading, windows: int) -> Reading:
+        """Rows of windows, each with those of another reading of the same windows behind it."""
 
         def join(mine: list[Tensor], theirs: list[Tensor]) -> list[Tensor]:
-            return [torch.cat([a, b], 2) for a, b in zip(mine, theirs, strict=True)]
+            return [_joined(a, b, windows, 2) for a, b in zip(mine, theirs, strict=True)]
 
         return Reading(
             join(self.keys, other.keys),
             join(self.values, other.values),
-            torch.cat([self.positions, other.positions], 1),
-            torch.cat([self.hidden, other.hidden], 1),
+            _joined(self.positions, other.positions, windows, 1),
+            _joined(self.hidden, other.hidden, windows, 1),
         )
 
 
-class _Ledger:
-    """What the model's attention modules call a cache: appends to a reading, or starts one, and keeps what it got."""
+def _joined(a: Tensor, b: Tensor, windows: int, dim: int) -> Tensor:
+    """Rows along `dim`, window by window: those of a, then those of b."""
+    parts = [x.reshape(*x.shape[:dim], windows, -1, *x.shape[dim + 1 :]) for x in (a, b)]
+    return torch.cat(parts, dim + 1).flatten(dim, dim + 1)
 
-    def __init__(self, context: Reading | None) -> None:
-        self.context = context
+
+class _Ledger:
+    """What the model's attention modules call a cache: keeps what it gets, and says what attention is over.
+
+    Attributes:
+        context: the reading; None while one is made. earlier: rows of the same windows that ran before.
+        layer: the one that updated last.
+    """
+
+    def __init__(self, context: Reading | None, earlier: Reading | None, windows: int, kernel: Kernel) -> None:
+        self.context, self.earlier = context, earlier
+        self.windows = windows
+        self.kernel = kernel
         self.keys: list[Tensor] = []
         self.values: list[Tensor] = []
+        self.layer = 0
 
     def update(self, keys: Tensor, values: Tensor, layer: int, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        """Keys and values of all entries; for the kernel, which finds the reading here, of the windows alone."""
+        if self.context is None:  # kept for long: not as a view of something larger
+            keys, values = keys.contiguous(), values.contiguous()
         self.keys.append(keys.detach())
         self.values.append(values.detach())
+        self.layer = layer
         if self.context is None:
             return keys, values
+        if self.earlier is not None:
+            keys = _joined(self.earlier.keys[layer], keys, self.windows, 2)
+            values = _joined(self.earlier.values[layer], values, self.windows, 2)
+        if self.kernel == "fused":
+            return keys, values
         return torch.cat([self.context.keys[layer], keys], 2), torch.cat([self.context.values[layer], values], 2)
+
+
+@dataclass(frozen=True, slots=True)
+class _Seen:
+    """What stands for a mask when the kernel attends."""
+
+    ledger: _Ledger
+    range: Range
 
 
 def read(target: Target, tokens: Tensor, documents: Tensor, positions: Tensor, kernel: Kernel | None = None) -> Reading:
@@ -93,12 +174,10 @@ def read(target: Target, tokens: Tensor, documents: Tensor, positions: Tensor, k
     Raises:
         UnsupportedError: for a model outside the family table.
     """
-
-    def sees(b: Tensor, row: Tensor, key: Tensor) -> Tensor:
-        return (key <= row) & (documents[b, key] == documents[b, row])  # padding sees padding: no row sees nothing
-
+    behind = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
+    spans = Spans.of(behind, documents)  # padding sees padding: no row sees nothing
     with torch.no_grad():
-        return _run(target, None, target.embed(tokens), positions, sees, None, kernel)
+        return _run(target, None, None, target.embed(tokens), positions, Spans(spans.firsts, behind + 1), None, kernel)
 
 
 def run_behind(
@@ -106,29 +185,36 @@ def run_behind(
     context: Reading,
     embeds: Tensor,
     positions: Tensor,
-    sees: Sees,
+    spans: Spans,
     adapter: GatedLoRA | None,
     kernel: Kernel | None = None,
+    earlier: Reading | None = None,
 ) -> Reading:
-    """Run rows behind a reading.
+    """Run windows of rows behind a reading.
 
-    embeds: [B, R, H], input embeddings; positions: [B, R]. `sees` gets key indices over the T entries of the context,
-    then the R rows themselves, and must let every row see something (itself). The model's weights should not require
-    gradients; `hidden` of the result carries them to embeds and adapter.
+    embeds: [B, R, H], input embeddings, window by window; positions: [B, R]. earlier: what ran of the same windows
+    before these rows. The model's weights should not require gradients; `hidden` of the result carries them to embeds
+    and adapter, through these rows alone.
 
     Raises:
         UnsupportedError: for a model outside the family table.
         CheckpointError: if the adapter does not fit the model.
     """
-    return _run(target, context, embeds.to(target.dtype), positions, sees, adapter, kernel)
+    return _run(target, context, earlier, embeds.to(target.dtype), positions, spans, adapter, kernel)
+
+
+def fits_kernel(hidden: Tensor) -> bool:
+    """Whether the kernel runs where these states are (torch for CUDA comes with Triton, on Linux)."""
+    return hidden.is_cuda and hidden.dtype != torch.float64 and importlib.util.find_spec("triton") is not None
 
 
 def _run(
     target: Target,
     context: Reading | None,
+    earlier: Reading | None,
     hidden: Tensor,
     positions: Tensor,
-    sees: Sees,
+    spans: Spans,
     adapter: GatedLoRA | None,
     kernel: Kernel | None,
 ) -> Reading:
@@ -138,19 +224,27 @@ def _run(
             f"{config.model_type} is outside the family table, so scouts cannot be trained for it; see "
             "outpace.target.families to add a row"
         )
-    kernel = kernel or ("flex" if hidden.is_cuda else "dense")
-    keys_at = positions if context is None else torch.cat([context.positions, positions], 1)
+    kernel = kernel or ("fused" if fits_kernel(hidden) else "dense")
+    windows = spans.starts.shape[1]
+    ledger = _Ledger(context, earlier, windows, kernel)
+    entries = positions if context is None else context.positions
+    own = positions if earlier is None else _joined(earlier.positions, positions, windows, 1)
     masks: dict[str, Any] = {}
     for kind in sorted(set(target.layer_types)):
         window = target.window if kind == "sliding_attention" else None
-        seen = sees if window is None else _within(sees, positions, keys_at, window)
-        masks[kind] = _mask(seen, positions, keys_at, kernel, _groups(config))
-    ledger = _Ledger(context)
-    wide = wide_pass(target, keys_at.shape[1])
+        if kernel == "fused":
+            masks[kind] = _Seen(ledger, _range(spans, positions, entries, window))
+        else:
+            keys_at = entries if context is None else torch.cat([entries, own], 1)
+            seen = spans.mask(entries.shape[1], positions.shape[1], keys_at.shape[1] - entries.shape[1])
+            if window is not None:
+                seen &= positions[:, :, None] - keys_at[:, None] < window
+            masks[kind] = attention.tile(seen[:, None], _groups(config))
+    wide = wide_pass(target, entries.shape[1] + own.shape[1])
     if wide is not None:
         if adapter is not None:
             check_adapter(target.model, adapter)
-        run = flex_attention if kernel == "flex" else attention.grouped_attention
+        run = fused_attention if kernel == "fused" else attention.grouped_attention
 
         def attend(layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
             keys, values = ledger.update(key.transpose(1, 2), value.transpose(1, 2), layer)
@@ -159,8 +253,17 @@ def _run(
 
         hidden = wide.run(hidden, positions, attend, adapter=adapter)
     else:
-        hidden = _through_modules(target, hidden, positions, masks, ledger, adapter, kernel)
+        hidden = _through_modules(target, hidden, positions, masks, ledger, adapter)
     return Reading(ledger.keys, ledger.values, positions, part(target.model, family.norm)(hidden))
+
+
+def _range(spans: Spans, positions: Tensor, entries: Tensor, window: int | None) -> Range:
+    """positions: [B, R], of the rows; entries: [B, T], of the reading."""
+    each = positions.shape[1] // spans.starts.shape[1]
+    lows = spans.firsts.repeat_interleave(each, 1)
+    if window is not None:
+        lows = torch.maximum(lows, lows + positions - entries.gather(1, lows) - window + 1)
+    return Range(lows.to(torch.int32), spans.starts.to(torch.int32).contiguous(), window or _NO_WINDOW)
 
 
 def _through_modules(
@@ -170,13 +273,12 @@ def _through_modules(
     masks: dict[str, Any],
     ledger: _Ledger,
     adapter: GatedLoRA | None,
-    kernel: Kernel,
 ) -> Tensor:
     """All layers, as the model's own modules."""
     family, config = target.family, target.config
     assert family is not None  # refused before
     turned = angles(target.model, family, hidden, positions, masks)
-    name = FLEX if kernel == "flex" else attention.NAME
+    name = FUSED if ledger.kernel == "fused" else attention.NAME
     with ExitStack() as stack:
         if adapter is not None:
             stack.enter_context(target.adapted(adapter))
@@ -198,74 +300,32 @@ def _groups(config: Any) -> int:
     return int(config.num_attention_heads) // int(getattr(config, "num_key_value_heads", 0) or 1)
 
 
-def _within(sees: Sees, rows_at: Tensor, keys_at: Tensor, window: int) -> Sees:
-    return lambda b, row, key: sees(b, row, key) & (rows_at[b, row] - keys_at[b, key] < window)
-
-
-def _mask(sees: Sees, rows_at: Tensor, keys_at: Tensor, kernel: Kernel, groups: int) -> Any:
-    """What the attention function of that kernel takes."""
-    sizes = rows_at.shape[0], rows_at.shape[1], keys_at.shape[1]
-    index = [torch.arange(size, device=rows_at.device) for size in sizes]
-    seen = sees(index[0][:, None, None], index[1][None, :, None], index[2][None, None, :])
-    return _blocks(seen, sees) if kernel == "flex" else attention.tile(seen[:, None], groups)
-
-
-def _blocks(seen: Tensor, sees: Sees) -> Any:
-    """The block mask of seen [B, R, L]; `sees` decides inside blocks that are seen in part.
-
-    `create_block_mask` would evaluate the predicate on int64 grids of B * R * L, gigabytes; broadcast, it costs bytes.
-    """
-    from torch.nn.attention.flex_attention import BlockMask
-
-    batch, rows, keys = seen.shape
-    padded = F.pad(seen, (0, -keys % _BLOCK, 0, -rows % _BLOCK))
-    tiles = padded.view(batch, padded.shape[1] // _BLOCK, _BLOCK, padded.shape[2] // _BLOCK, _BLOCK).sum((2, 4))
-    whole = tiles == _BLOCK * _BLOCK
-    part_of = (tiles > 0) & ~whole
-
-    def listed(chosen: Tensor) -> tuple[Tensor, Tensor]:
-        order = torch.argsort(chosen.to(torch.int8), dim=-1, descending=True, stable=True)
-        return chosen.sum(-1, dtype=torch.int32)[:, None], order.to(torch.int32)[:, None]
-
-    return BlockMask.from_kv_blocks(
-        *listed(part_of),
-        *listed(whole),
-        BLOCK_SIZE=_BLOCK,
-        mask_mod=lambda b, h, q, kv: sees(b, q, kv),
-        seq_lengths=(rows, keys),
-    )
-
-
-@functools.cache
-def _compiled() -> Callable[..., Any]:
-    from torch.nn.attention.flex_attention import flex_attention
-
-    return torch.compile(flex_attention, dynamic=False)
-
-
-def flex_attention(
+def fused_attention(
     module: torch.nn.Module,
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    attention_mask: Any,
+    attention_mask: _Seen,
     *,
     scaling: float | None = None,
     softcap: float | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
-    """Attention under a block mask: query [B, heads, R, D], key and value [B, key heads, L, D] -> [B, R, heads, D].
+    """Attention by the kernel: query [B, heads, R, D], key and value [B, key heads, M, D] -> [B, R, heads, D].
 
-    Compiled on CUDA; on other devices it runs as written, which materialises the scores (tests).
+    key, value: of the windows; of the reading, if one is being made.
 
     Raises:
         UnsupportedError: if the model soft-caps attention scores.
     """
     if softcap is not None:
         raise UnsupportedError("this model soft-caps its attention scores, which training of scouts does not do yet")
-    if query.is_cuda:
-        run = _compiled()
-    else:
-        from torch.nn.attention.flex_attention import flex_attention as run
-    out = run(query, key, value, block_mask=attention_mask, scale=scaling, enable_gqa=True)
-    return out.transpose(1, 2), None
+    from outpace.target.behind_fused import attend
+
+    ledger = attention_mask.ledger
+    query, key, value = (x.transpose(1, 2) for x in (query, key, value))
+    scale = scaling if scaling is not None else query.shape[-1] ** -0.5
+    if ledger.context is None:
+        return attend(query, key, value, None, attention_mask.range, scale), None
+    keys, values = (x[ledger.layer].transpose(1, 2) for x in (ledger.context.keys, ledger.context.values))
+    return attend(query, keys, values, (key, value), attention_mask.range, scale), None

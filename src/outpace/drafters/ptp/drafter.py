@@ -91,7 +91,7 @@ class Ptp(LearnedDrafter):
         density: slots per token of a batch.
         beta: numbers lie in their intervals as Beta(beta, beta); 1 is uniform.
         inverse: learn without a teacher (categorical only).
-        attention: "flex" or "dense"; "auto" is flex on CUDA, dense elsewhere.
+        attention: of training: "fused" (a kernel) or "dense"; "auto" is fused on CUDA, dense elsewhere.
 
     Decoding:
 
@@ -186,7 +186,7 @@ class Ptp(LearnedDrafter):
         if self.inverse and self.mode != "categorical":
             raise ConfigError(f"inverse training needs mode='categorical', whose slots have laws; got {self.mode!r}")
         if self.attention not in ("auto", *get_args(Kernel)):
-            raise ConfigError(f"attention must be auto, dense or flex, got {self.attention!r}")
+            raise ConfigError(f"attention must be auto, dense or fused, got {self.attention!r}")
         if self.read not in get_args(ReadMode):
             raise ConfigError(f"read must be one of {', '.join(get_args(ReadMode))}, got {self.read!r}")
         if self.read == "path" and not self.shape.law:

@@ -172,7 +172,7 @@ def judge(
         reading,
         module.embed(u.view(alive.shape), temperature).flatten(1, 2),
         windows.positions(batch.positions),
-        windows.sees(batch.documents),
+        windows.spans(batch.documents),
         module.adapter,
         task.kernel,
     )
@@ -276,10 +276,11 @@ def _own_numbers(
     temperature = batch.temperature.gather(1, windows.starts)
     spots = windows.indices(0, length)
     positions = windows.positions(batch.positions).view(spots.shape)
-    sees = windows.sees_slot_by_slot(batch.documents)
+    spans = windows.spans(batch.documents)
     within = _within(spots, task.beta, generator)
     index = (windows.starts - 1)[..., None].expand(-1, -1, reading.hidden.shape[-1])
-    hidden, grown = reading.hidden.gather(1, index), reading
+    hidden = reading.hidden.gather(1, index)
+    earlier: Reading | None = None
     chosen = []
     for j in range(task.slots):
         tokens = batch.tokens.gather(1, spots[:, :, j])
@@ -287,8 +288,8 @@ def _own_numbers(
         u, _ = infer_numbers(law, tokens, within[:, :, j])
         chosen.append(u)
         embeds = module.embed(u[..., None], temperature).flatten(1, 2)
-        rows = run_behind(target, grown, embeds, positions[:, :, j], sees, module.adapter, task.kernel)
-        hidden, grown = rows.hidden, grown.extended(rows)
+        rows = run_behind(target, reading, embeds, positions[:, :, j], spans, module.adapter, task.kernel, earlier)
+        hidden, earlier = rows.hidden, rows if earlier is None else earlier.grown(rows, spots.shape[1])
     follows = F.pad(batch.documents[:, 1:] == batch.documents[:, :-1], (1, 0))
     return torch.stack(chosen, 2).flatten(1), batch.answer & follows
 

@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from outpace.target import Spans
+
 if TYPE_CHECKING:
     from torch import Tensor
 
     from outpace.drafters.ptp.modes import Mode
-    from outpace.target import Sees
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,30 +73,6 @@ class Windows:
         here = good(0) & good(self.mode.lead) & self.real[..., None]
         return torch.cumprod(here.to(torch.int8), 2).bool()
 
-    def sees(self, documents: Tensor) -> Sees:
+    def spans(self, documents: Tensor) -> Spans:
         """What slots see: real rows of their document before the start, and their own window up to themselves."""
-        starts, slots, length = self.starts, self.slots, documents.shape[1]
-
-        def sees(b: Tensor, row: Tensor, key: Tensor) -> Tensor:
-            window = row // slots
-            start = starts[b, window]
-            real = key.clamp(max=length - 1)
-            before = (key < start) & (documents[b, real] == documents[b, start])
-            other = key - length
-            own = (other >= 0) & (other // slots == window) & (other % slots <= row % slots)
-            return before | own
-
-        return sees
-
-    def sees_slot_by_slot(self, documents: Tensor) -> Sees:
-        """The same for windows run one slot at a time, each time W rows behind the real ones and all earlier slots."""
-        starts, length = self.starts, documents.shape[1]
-        windows = starts.shape[1]
-
-        def sees(b: Tensor, row: Tensor, key: Tensor) -> Tensor:
-            start = starts[b, row]
-            real = key.clamp(max=length - 1)
-            before = (key < start) & (documents[b, real] == documents[b, start])
-            return before | ((key >= length) & ((key - length) % windows == row))
-
-        return sees
+        return Spans.of(self.starts, documents)
