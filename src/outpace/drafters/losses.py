@@ -126,7 +126,7 @@ def head_loss(
     return total, hits
 
 
-def _fused(kind: LossKind, hidden: Tensor) -> Callable[..., tuple[Tensor, Tensor]] | None:
+def _fused(kind: LossKind, hidden: Tensor) -> Callable[..., tuple[Tensor, Tensor, Tensor]] | None:
     """The kernel, where there is one for this loss and device."""
     if kind not in ("soft", "kl") or not hidden.is_cuda:
         return None
@@ -162,7 +162,7 @@ class _Chunked(torch.autograd.Function):
             if fused is not None:
                 rows, own = hidden[part].detach(), weight.detach()
                 logits = F.linear(rows, own.to(rows.dtype)).contiguous()
-                loss, best = fused(logits, teacher.logits(head, part).to(logits.dtype), divergence=kind == "kl")
+                loss, best, _ = fused(logits, teacher.logits(head, part).to(logits.dtype), divergence=kind == "kl")
                 if into_hidden is not None:
                     into_hidden[part] = logits @ own.to(logits.dtype)
                 if into_weight is not None:

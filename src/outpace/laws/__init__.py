@@ -4,7 +4,7 @@ Imports torch and nothing else. Knows no models, caches or text (beyond a `decod
 """
 
 from outpace.laws.dice import Dice, Key, NoiseDice, draw
-from outpace.laws.inverse import infer_numbers, intervals
+from outpace.laws.inverse import infer_numbers, intervals, place_numbers
 from outpace.laws.noise import Noise, Stream
 from outpace.laws.rules import GUARANTEES, RULES, Guarantee, Rule, RuleName, Walk, find_rule
 from outpace.laws.settings import Processor, Settings, check_names
@@ -40,5 +40,6 @@ __all__ = [
     "find_rule",
     "infer_numbers",
     "intervals",
+    "place_numbers",
     "warp",
 ]

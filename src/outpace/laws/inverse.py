@@ -47,8 +47,14 @@ def infer_numbers(weights: Tensor, tokens: Tensor, within: Tensor) -> tuple[Tens
             "a place within an interval must be in [0, 1); draw it with torch.rand(..., dtype=torch.float64)"
         )
     cumulated = torch.cumsum(weights, -1, dtype=torch.float64)
-    total = cumulated[..., -1]
-    low, high = _below(cumulated, tokens), _upto(cumulated, tokens)
+    return place_numbers(_below(cumulated, tokens), _upto(cumulated, tokens), cumulated[..., -1], within)
+
+
+def place_numbers(low: Tensor, high: Tensor, total: Tensor, within: Tensor) -> tuple[Tensor, Tensor]:
+    """The points at `within` of intervals low / total <= u < high / total: (u, valid), as in `infer_numbers`.
+
+    low, high, total: [...] float64, mass below a token, up to and with it, and of all.
+    """
     left, right = low / total, high / total
     u = (left + within.double() * (right - left)).clamp(max=1 - 2.0**-53)
 

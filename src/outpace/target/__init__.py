@@ -1,7 +1,7 @@
 """The target: a Hugging Face causal language model that can run a block of rows behind a ragged cache."""
 
 from outpace.target.adapters import GatedLoRA
-from outpace.target.behind import Kernel, Reading, Spans, read, run_behind
+from outpace.target.behind import Kernel, Reading, Spans, choose_kernel, read, run_behind
 from outpace.target.block import Block, Readout, Scouts
 from outpace.target.cache import STRICT_ALIGN, BlockCache, CacheIntegrityError
 from outpace.target.families import FAMILIES, Family
@@ -25,6 +25,7 @@ __all__ = [
     "Spans",
     "Target",
     "Tokenizer",
+    "choose_kernel",
     "read",
     "run_behind",
 ]

@@ -203,9 +203,12 @@ def run_behind(
     return _run(target, context, earlier, embeds.to(target.dtype), positions, spans, adapter, kernel)
 
 
-def fits_kernel(hidden: Tensor) -> bool:
-    """Whether the kernel runs where these states are (torch for CUDA comes with Triton, on Linux)."""
-    return hidden.is_cuda and hidden.dtype != torch.float64 and importlib.util.find_spec("triton") is not None
+def choose_kernel(kernel: Kernel | None, hidden: Tensor) -> Kernel:
+    """The one asked for, or what suits such states (torch for CUDA comes with Triton, on Linux)."""
+    if kernel is not None:
+        return kernel
+    fits = hidden.is_cuda and hidden.dtype != torch.float64 and importlib.util.find_spec("triton") is not None
+    return "fused" if fits else "dense"
 
 
 def _run(
@@ -224,7 +227,7 @@ def _run(
             f"{config.model_type} is outside the family table, so scouts cannot be trained for it; see "
             "outpace.target.families to add a row"
         )
-    kernel = kernel or ("fused" if fits_kernel(hidden) else "dense")
+    kernel = choose_kernel(kernel, hidden)
     windows = spans.starts.shape[1]
     ledger = _Ledger(context, earlier, windows, kernel)
     entries = positions if context is None else context.positions

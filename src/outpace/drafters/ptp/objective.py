@@ -5,7 +5,8 @@ and runs many windows of slots behind that reading (section 3.1 of Draxler et al
 categorical drafter infers the numbers under its own laws, slot by slot (inverse autoregressive training, section 3.3).
 
 The vocabulary is large and slots are many, so the head runs in pieces, each of which leaves its gradient behind and is
-forgotten.
+forgotten. Where kernels run, a piece's logits are read a few times in the dtype the head gave them (`laws_fused`,
+`losses_fused`); what is written out here in tensors is the definition, and what truncated presets take.
 """
 
 from __future__ import annotations
@@ -18,11 +19,11 @@ import torch
 from torch.nn import functional as F
 
 from outpace.drafters.learning import Batch, Losses, LossKind
-from outpace.drafters.ptp.rows import draw_scored
+from outpace.drafters.ptp.rows import draw_scored, safety
 from outpace.drafters.ptp.windows import Windows
 from outpace.errors import ConfigError
-from outpace.laws import Settings, infer_numbers, warp
-from outpace.target import Kernel, Reading, read, run_behind
+from outpace.laws import Settings, infer_numbers, place_numbers, warp
+from outpace.target import Kernel, Reading, choose_kernel, read, run_behind
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
     from outpace.drafters.ptp.modes import Mode
     from outpace.drafters.ptp.module import PtpModule
 
-PIECE: Final = 1 << 27  # logits held at once: 0.5 GB in float32, 1 GB while numbers are inferred in float64
+PIECE: Final = 1 << 27  # logits held at once: 0.25 GB in bfloat16; written out, 1 GB while numbers are inferred
 _COLD: Final = 1e-3  # temperature that stands for greedy in a law
 _SOME: Final = 128  # tokens of an answer, about, at which other temperatures are compared with the preset
 LOSSES: Final[dict[bool, tuple[LossKind, ...]]] = {False: ("hard",), True: ("soft", "kl", "reverse_kl", "hard")}
@@ -49,7 +50,7 @@ class Task:
         inverse: infer numbers under the drafter's own laws, without the teacher.
         loss: "hard" (the corpus's token), "soft" or "kl" (the teacher's law), "reverse_kl".
         decay: weight of slot j is decay^j. draws: slots' laws are read by drawing, not by arg-max.
-        kernel: of attention.
+        kernel: "dense" for the definition written out, "fused" for kernels, None for what suits the device.
     """
 
     slots: int
@@ -213,11 +214,19 @@ def teacher_numbers(
     within = _within(tokens, task.beta, generator)
     numbers, valid = torch.empty_like(within), torch.empty_like(tokens, dtype=torch.bool)
     head = _head(batch.target)
+    fused, heat = _fused(hidden, task), _heat(temperature, task)
     size = max(1, PIECE // batch.target.vocabulary)
     for start in range(0, tokens.shape[0], size):
         piece = slice(start, start + size)
-        law = laws(_wide(head(hidden[piece])), temperature[piece], task)
-        numbers[piece], valid[piece] = infer_numbers(law, tokens[piece], within[piece])
+        logits = head(hidden[piece])
+        if fused:
+            from outpace.drafters.ptp.laws_fused import token_edges
+
+            edges = token_edges(logits, tokens[piece], heat[piece])
+            numbers[piece], valid[piece] = place_numbers(*edges, within[piece])
+        else:
+            law = laws(_wide(logits), temperature[piece], task)
+            numbers[piece], valid[piece] = infer_numbers(law, tokens[piece], within[piece])
     if task.any_temperature:  # greedy tokens come from any number
         greedy = temperature == 0
         numbers, valid = torch.where(greedy, within, numbers), valid | greedy
@@ -234,6 +243,19 @@ def laws(scores: Tensor, temperature: Tensor, task: Task) -> Tensor:
     if not task.any_temperature:
         return warp(scores, task.preset, wait=False)
     return warp(scores / temperature.clamp_min(_COLD)[:, None], task.preset.replace(temperature=1.0), wait=False)
+
+
+def _heat(temperature: Tensor, task: Task) -> Tensor:
+    """[n] float32 temperatures of `laws`."""
+    if task.any_temperature:
+        return temperature.float().clamp_min(_COLD)
+    return torch.full_like(temperature, task.preset.temperature, dtype=torch.float32)
+
+
+def _fused(hidden: Tensor, task: Task) -> bool:
+    """Whether kernels read the logits of these states: they know no truncated laws."""
+    preset = task.preset
+    return choose_kernel(task.kernel, hidden) == "fused" and not (preset.top_k or preset.top_p or preset.min_p)
 
 
 def _places(batch: Batch, task: Task) -> Tensor:
@@ -310,7 +332,7 @@ def _judge(
     token.
     """
 
-    def one(piece: slice, states: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def judged(piece: slice, states: Tensor) -> tuple[Tensor, ...]:
         logits = _wide(head(states))
         log_p = torch.log_softmax(logits, -1)
         token = tokens[piece]
@@ -333,12 +355,38 @@ def _judge(
                 guess, score = draw_scored(p, numbers[piece])
         return (loss * weights[piece]).sum(), loss.detach(), (guess == token).to(loss.dtype), score.to(loss.dtype)
 
-    size = max(1, PIECE // int(head.weight.shape[0]))  # type: ignore[attr-defined]
+    def written_out(piece: slice, states: Tensor, wants: bool) -> tuple[Tensor | None, ...]:
+        states.requires_grad_(wants)
+        with torch.set_grad_enabled(wants):
+            total, *others = judged(piece, states)
+        return torch.autograd.grad(total, states)[0] if wants else None, total.detach(), *others
+
+    def in_kernels(piece: slice, states: Tensor, wants: bool) -> tuple[Tensor | None, ...]:
+        from outpace.drafters.losses_fused import hard_rows, soft_rows
+        from outpace.drafters.ptp.laws_fused import draw_rows
+
+        logits, token, weight = head(states), tokens[piece], weights[piece]
+        drawn = None if numbers is None else draw_rows(logits, numbers[piece])
+        if teacher is None:
+            loss, guess, score = hard_rows(logits, token)
+        else:
+            heat = _heat(temperature[piece], task)
+            loss, guess, score = soft_rows(
+                logits, head(teacher[piece]), divergence=task.loss == "kl", temperature=heat
+            )  # fmt: skip
+        if drawn is not None and numbers is not None:
+            guess, score = drawn[0], safety(*drawn[1:], numbers[piece])
+        gradient = (logits @ matrix).mul_(weight[:, None]) if wants else None  # the kernel left the loss's gradient
+        return gradient, (loss * weight).sum(), loss, (guess == token).to(loss.dtype), score.to(loss.dtype)
+
+    matrix: Tensor = head.weight  # type: ignore[attr-defined]
+    size = max(1, PIECE // matrix.shape[0])
+    one = in_kernels if task.loss != "reverse_kl" and _fused(hidden, task) else written_out
     return _Pieces.apply(hidden, one, size)  # type: ignore[no-any-return, no-untyped-call]
 
 
 class _Pieces(torch.autograd.Function):
-    """Run a function over pieces of rows and keep, of each, its results and the gradient of its first one."""
+    """Run a function over pieces of rows and keep, of each, the gradient it gives, a total and other results."""
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, one: Callable[..., tuple[Tensor, ...]], size: int) -> tuple[Tensor, ...]:
@@ -346,12 +394,9 @@ class _Pieces(torch.autograd.Function):
         gradients, results = [], []
         for start in range(0, hidden.shape[0], size):
             piece = slice(start, start + size)
-            states = hidden[piece].detach().requires_grad_(wants)
-            with torch.set_grad_enabled(wants):
-                total, *others = one(piece, states)
-            if wants:
-                gradients.append(torch.autograd.grad(total, states)[0])
-            results.append((total.detach()[None], *others))
+            gradient, total, *others = one(piece, hidden[piece].detach(), wants)
+            gradients.append(gradient)
+            results.append((total[None], *others))
         joined = [torch.cat(parts) for parts in zip(*results, strict=True)]
         if wants:
             ctx.save_for_backward(torch.cat(gradients))

@@ -109,16 +109,23 @@ def group_rows(branch: Tensor, slot: Tensor, used: Tensor, end: Tensor, longest:
 def draw_scored(law: Tensor, u: Tensor, width: float = WIDTH) -> tuple[Tensor, Tensor]:
     """The draw from each law [..., V] with u [...] float64, and how safe it is: (tokens [...], scores [...] float64).
 
-    A token's score is the share of the neighbourhood u - width .. u + width that lies in its interval: the law is not
-    exact, and a number near an edge may fall on the other side of it.
+    Scores are `safety`'s.
     """
     edges = torch.cumsum(law, -1, dtype=torch.float64)
     edges = edges / edges[..., -1:]
     drawn = torch.searchsorted(edges, u[..., None], right=True).clamp_max_(law.shape[-1] - 1)
     right = edges.gather(-1, drawn)
     left = torch.where(drawn > 0, edges.gather(-1, (drawn - 1).clamp_min(0)), 0.0)
-    low, high = (u - width).clamp_min(0)[..., None], (u + width).clamp_max(1)[..., None]
-    return drawn[..., 0], ((right.minimum(high) - left.maximum(low)).clamp_min(0) / (high - low))[..., 0]
+    return drawn[..., 0], safety(left[..., 0], right[..., 0], u, width)
+
+
+def safety(left: Tensor, right: Tensor, u: Tensor, width: float = WIDTH) -> Tensor:
+    """Share of the neighbourhood u - width .. u + width of a number that lies in its token's interval, [...] float64.
+
+    The law is not exact, and a number near an edge may fall on the other side of it.
+    """
+    low, high = (u - width).clamp_min(0), (u + width).clamp_max(1)
+    return (right.minimum(high) - left.maximum(low)).clamp_min(0) / (high - low)
 
 
 def read_out(logits: Tensor, u: Tensor | None, count: int = 1, width: float = WIDTH) -> tuple[Tensor, Tensor]:
