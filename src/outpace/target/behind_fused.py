@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 _LOG2_E: Final = 1.4426950408889634
 _KEYS: Final = 64  # entries of one step
+_KEYS_BACK: Final = 32  # backwards, where registers are what programs have least of
 
 
 @triton.jit
@@ -227,7 +228,7 @@ class _Behind(torch.autograd.Function):
             num_warps=_warps(sizes), num_stages=2,
         )  # fmt: skip
         ctx.save_for_backward(q, own_keys, own_values, keys, values, out, lse)
-        ctx.seen, ctx.scale, ctx.sizes = seen, scale, sizes
+        ctx.seen, ctx.scale, ctx.sizes = seen, scale, {**sizes, "BN": min(sizes["BN"], _KEYS_BACK)}
         return out
 
     @staticmethod
