@@ -4,18 +4,24 @@
 
 Random weights in a real shape, random documents of a real size: nothing is learned, and a step costs what it costs.
 Operations are counted in one step run uncompiled (products forward and backward; attention is left out, its counter
-knows no grouped heads); the peak is a large bfloat16 product measured in the same run. With --profile the most
-expensive kernels of a step are listed.
+knows no grouped heads); the peak is a large bfloat16 product measured in the same run. A table shows where a step's
+time goes, by device events around its parts. With --profile the most expensive kernels of a step are listed.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
+import importlib
 import json
 import tempfile
+from collections import defaultdict
+from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from time import perf_counter
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
@@ -30,6 +36,9 @@ from outpace.train.loop import Clocked, Figures
 from roofline import shape_model
 
 RESULTS = Path(__file__).parent / "results"
+INNER = {  # parts of some methods' objectives: functions of the module, by what they are called in the table
+    "ptp": {"reading": "read", "numbers": "teacher_numbers", "slots forward": "run_behind", "loss": "_judge"},
+}
 
 
 def random_corpus(target: Target, documents: int, seed: int = 0) -> Corpus:
@@ -80,6 +89,7 @@ def measure(target: Target, corpus: Corpus, spec: str, options: argparse.Namespa
             trainer._step(batches, figures, clock)
         torch.cuda.synchronize()
         seconds = (perf_counter() - started) / options.steps
+        parts = where_time_goes(trainer, batches, figures, options.steps)
         if options.profile:
             _profile(trainer, batches, figures)
     tokens = trainer.rows_per_step * drafter.recipe.row_length
@@ -87,8 +97,62 @@ def measure(target: Target, corpus: Corpus, spec: str, options: argparse.Namespa
         "drafter": spec, "tokens_per_step": tokens, "step_ms": 1e3 * seconds, "tokens_per_second": tokens / seconds,
         "operations_per_step": operations, "share_of_peak": operations and operations / seconds / peak,
         "feature_share": clock.feature_share(), "memory_gib": torch.cuda.max_memory_allocated() / 2**30,
-        "warm_up_s": warm,
+        "warm_up_s": warm, "parts_ms": parts,
     }  # fmt: skip
+
+
+class Stopwatch:
+    """Time between calls and returns of functions, on the device where there is one."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.clock = Clocked(device)
+        self.names: list[str] = []
+
+    def timed(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        """The function, its calls marked."""
+
+        @functools.wraps(function)
+        def run(*args: Any, **options: Any) -> Any:
+            before = Clocked(self.clock.device)
+            before.mark()
+            result = function(*args, **options)
+            self.clock.marks += before.marks
+            self.clock.mark()
+            self.names.append(name)
+            return result
+
+        return run
+
+    def read(self) -> dict[str, float]:
+        """Milliseconds under each name."""
+        found: dict[str, float] = defaultdict(float)
+        for name, a, b in zip(self.names, self.clock.marks[::2], self.clock.marks[1::2], strict=True):
+            found[name] += a.elapsed_time(b) if self.clock.device.type == "cuda" else 1e3 * (b - a)
+        return found
+
+
+def where_time_goes(trainer: Trainer, batches: Any, figures: Figures, steps: int) -> dict[str, float]:
+    """Milliseconds of a step in each of its parts, in order; what is left of forward and of the step comes last."""
+    drafter, watch = trainer.drafter, Stopwatch(trainer.target.device)
+    inner = INNER.get(drafter.name, {})
+    with ExitStack() as stack:
+        for name, function in inner.items():
+            module = importlib.import_module(f"outpace.drafters.{drafter.name}.objective")
+            stack.enter_context(mock.patch.object(module, function, watch.timed(name, getattr(module, function))))
+        stack.enter_context(mock.patch.object(drafter, "objective", watch.timed("forward", drafter.objective)))
+        stack.enter_context(mock.patch.object(torch.Tensor, "backward", watch.timed("backward", torch.Tensor.backward)))
+        step = watch.timed("step", trainer._step)
+        for _ in range(steps):
+            step(batches, figures, Clocked(trainer.target.device))
+        if trainer.target.device.type == "cuda":
+            torch.cuda.synchronize()
+    found = {name: total / steps for name, total in watch.read().items()}
+    parts = {name: found[name] for name in inner if name in found}
+    parts["rest of forward" if inner else "forward"] = found["forward"] - sum(parts.values())
+    parts["backward"] = found["backward"]
+    parts["features, optimiser"] = found["step"] - found["forward"] - found["backward"]
+    print("\n".join(f"  {name:<20} {ms:8.1f} ms {ms / found['step']:6.1%}" for name, ms in parts.items()), flush=True)
+    return {name: round(ms, 3) for name, ms in parts.items()}
 
 
 def _cycle(trainer: Trainer) -> Any:
