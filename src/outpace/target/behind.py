@@ -68,7 +68,7 @@ class Spans:
         each, count = rows // windows, own // windows
         at = torch.arange(entries, device=self.starts.device)
         before = (at >= self.firsts[..., None]) & (at < self.starts[..., None])
-        before = before.repeat_interleave(each, 1)
+        before = before[:, :, None].expand(-1, -1, each, -1).flatten(1, 2)
         itself = torch.eye(windows, dtype=torch.bool, device=at.device)
         causal = torch.ones(each, count, dtype=torch.bool, device=at.device).tril(count - each)
         among = (itself[:, None, :, None] & causal[:, None]).reshape(rows, own)
@@ -263,7 +263,7 @@ def _run(
 def _range(spans: Spans, positions: Tensor, entries: Tensor, window: int | None) -> Range:
     """positions: [B, R], of the rows; entries: [B, T], of the reading."""
     each = positions.shape[1] // spans.starts.shape[1]
-    lows = spans.firsts.repeat_interleave(each, 1)
+    lows = spans.firsts[..., None].expand(-1, -1, each).flatten(1)
     if window is not None:
         lows = torch.maximum(lows, lows + positions - entries.gather(1, lows) - window + 1)
     return Range(lows.to(torch.int32), spans.starts.to(torch.int32).contiguous(), window or _NO_WINDOW)
