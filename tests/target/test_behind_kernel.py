@@ -104,7 +104,7 @@ def test_a_pass_with_the_kernel_is_a_pass_with_the_mask(family):
 @pytest.mark.parametrize("slots", [1, 5, 8, 16, 33, 64])
 def test_programs_hold_whole_windows(slots, groups):
     for each in (2, 4):
-        sizes = tile_sizes(slots, slots, groups, each)
+        sizes = tile_sizes(slots, slots, groups, 64, each)
         assert 1 <= sizes["GB"] <= groups
         assert sizes["BW"] * slots * sizes["GB"] <= sizes["BM"] <= 128
         assert sizes["BW"] * slots <= sizes["BO"] <= 128

@@ -172,12 +172,14 @@ def _backward_kernel(
     tl.store(DVALUES + place + dim[None, :], dvalue.to(DVALUES.dtype.element_ty), mask=mask)
 
 
-def tile_sizes(rows: int, own: int, groups: int, bytes_each: int) -> dict[str, int]:
+def tile_sizes(rows: int, own: int, groups: int, size: int, bytes_each: int) -> dict[str, int]:
     """How programs are cut for windows of `rows` rows and `own` keys of their own.
 
-    A program has whole windows (BW) and GB of the group's query heads: BW * rows * GB lines of BM.
+    A program has whole windows (BW) and GB of the group's query heads: BW * rows * GB lines of BM. Heads of more than 128
+    (size) would not leave room for so many.
     """
-    lines = max(128 if bytes_each == 2 else 32, triton.next_power_of_2(rows))
+    most = 32 if bytes_each == 4 else (128 if size <= 128 else 64)
+    lines = max(most, triton.next_power_of_2(rows))
     heads = min(groups, lines // rows)
     windows = lines // (rows * heads)
     if own:
@@ -253,7 +255,7 @@ class _Behind(torch.autograd.Function):
 
 def _sizes(q: Tensor, keys: Tensor, own_count: int, seen: Range) -> dict[str, int]:
     windows, size, key_heads = seen.starts.shape[1], q.shape[3], keys.shape[2]
-    tiles = tile_sizes(q.shape[1] // windows, own_count // windows, q.shape[2] // key_heads, q.element_size())
+    tiles = tile_sizes(q.shape[1] // windows, own_count // windows, q.shape[2] // key_heads, size, q.element_size())
     return {"D": size, "DP": max(16, triton.next_power_of_2(size)), "KEY_HEADS": key_heads, **tiles}
 
 
@@ -262,7 +264,7 @@ def _grid(q: Tensor, keys: Tensor, seen: Range, sizes: dict[str, int]) -> tuple[
 
 
 def _warps(sizes: dict[str, int]) -> int:
-    return 8 if sizes["BM"] >= 128 else 4
+    return 8 if sizes["BM"] * sizes["DP"] >= 128 * 64 else 4
 
 
 def _plain(x: Tensor) -> Tensor:
