@@ -175,8 +175,8 @@ def _backward_kernel(
 def tile_sizes(rows: int, own: int, groups: int, size: int, bytes_each: int) -> dict[str, int]:
     """How programs are cut for windows of `rows` rows and `own` keys of their own.
 
-    A program has whole windows (BW) and GB of the group's query heads: BW * rows * GB lines of BM. Heads of more than 128
-    (size) would not leave room for so many.
+    A program has whole windows (BW) and GB of the group's query heads: BW * rows * GB lines of BM. Heads of more than
+    128 (size) would not leave room for so many.
     """
     most = 32 if bytes_each == 4 else (128 if size <= 128 else 64)
     lines = max(most, triton.next_power_of_2(rows))
