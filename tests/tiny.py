@@ -106,6 +106,13 @@ DRAFTERS = {
     "ptp tree": lambda name: learned(
         name, "ptp:rank=4,min_gain=0,branches=3,budget=24,adaptive=true,any_temperature=true", shaken=True
     ),
+    "ptp mask sampler": lambda name: learned(name, "ptp:mode=mask,rank=4,min_gain=0,sampler=true", shaken=True),
+    "ptp categorical sampler": lambda name: learned(
+        name, "ptp:mode=categorical,rank=4,min_gain=0,sampler=true,vocabulary=30", shaken=True
+    ),
+    "ptp tree sampler": lambda name: learned(
+        name, "ptp:rank=4,min_gain=0,branches=3,budget=24,sampler=true,sampler_size=24", shaken=True
+    ),
     "medusa": lambda name: learned(name, "medusa:heads=3,nodes=12,vocabulary=30"),
     "mtp": lambda name: learned(name, "mtp:draft_len=3,branches=2,nodes=6,vocabulary=0"),
     "mtp_heads": lambda name: learned(name, "mtp_heads:heads=2,nodes=6,vocabulary=30"),

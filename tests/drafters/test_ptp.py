@@ -46,21 +46,23 @@ def test_budgets_change_rounds_and_no_token(exact, mode, budget):
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_two_passes_a_round_give_the_same_text(exact, mode, temperature):
+@pytest.mark.parametrize("sampler", [False, True])
+def test_two_passes_a_round_give_the_same_text(exact, mode, temperature, sampler):
     options = {**OPTIONS, "temperature": temperature}
     plain = Engine(exact).generate([PROMPTS[0]], **options)[0]
     settings = Settings(temperature=temperature, seed=5)
-    sampler = Sampler(settings, NoiseDice(Noise(5), 0), prompt_length=len(PROMPTS[0]))
-    tokens, rounds = two_pass(exact, random_ptp(exact, mode=mode), sampler, PROMPTS[0], 24)
+    draws = Sampler(settings, NoiseDice(Noise(5), 0), prompt_length=len(PROMPTS[0]))
+    tokens, rounds = two_pass(exact, random_ptp(exact, mode=mode, sampler=sampler), draws, PROMPTS[0], 24)
     assert tuple(tokens) == plain.tokens
     assert rounds <= 12, "the drafting pass knows the next token too, so a round emits two at least"
 
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("read", ["auto", "argmax"])
-def test_a_group_says_what_a_drafting_pass_of_its_own_would(exact, mode, read):
+@pytest.mark.parametrize("sampler", [False, True])
+def test_a_group_says_what_a_drafting_pass_of_its_own_would(exact, mode, read, sampler):
     """Scouts share a pass with the rows that verify, behind a node that may be the end; nothing of that shows."""
-    drafter = random_ptp(exact, mode=mode, budget=64, read=read)
+    drafter = random_ptp(exact, mode=mode, budget=64, read=read, sampler=sampler)
     engine = Engine(exact, drafter, stand_down=False)
     engine.submit(PROMPTS[0], **OPTIONS)
     compared = 0

@@ -30,6 +30,7 @@ def targets():
         "eagle",
         "eagle3",
         "ptp:slots=4,any_temperature=true",
+        "ptp:slots=4,mode=mask,sampler=true,vocabulary=32",
         "medusa:vocabulary=0,projection=low_rank",
     ],
 )

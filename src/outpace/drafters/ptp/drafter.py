@@ -16,6 +16,7 @@ from weakref import WeakKeyDictionary
 import torch
 
 from outpace.drafters.base import Context, Needs, RequestContext
+from outpace.drafters.heads import choose_ids, special_ids
 from outpace.drafters.learning import Batch, LearnedDrafter, Losses, Recipe
 from outpace.drafters.ptp import rows
 from outpace.drafters.ptp.calibration import BINS, GREEDY_NUMBER, Agreement, Calibration
@@ -23,6 +24,7 @@ from outpace.drafters.ptp.encodings import find_encoding
 from outpace.drafters.ptp.modes import ModeName, find_mode
 from outpace.drafters.ptp.module import PtpModule
 from outpace.drafters.ptp.objective import Task, check_loss, objective, replay
+from outpace.drafters.ptp.sampler import follow
 from outpace.errors import ConfigError
 from outpace.laws import Draft, NoiseDice, Sampler, Settings, Tree, Walk
 from outpace.target import Kernel, Scouts
@@ -84,6 +86,10 @@ class Ptp(LearnedDrafter):
         temperature, top_k, top_p, min_p: the sampling under which numbers mean something; top_k 0, top_p 1 and min_p 0
             truncate nothing. Text decoded at other settings is the same as without a drafter, but fewer drafts hit.
         any_temperature: slots are told the temperature, and learn from documents of any; `temperature` is then unused.
+        sampler: a small network behind the slots reads the token before the predicted one, and passes what it chose
+            along the group (`ptp.sampler`). sampler_size: units of its inner layer; 0: as many as a state has.
+        vocabulary: tokens of the sampler's draft vocabulary, the most frequent of the corpus; 0, or more than there
+            are: all. A token outside is never drafted; the text does not depend on it.
 
     Training only:
 
@@ -92,22 +98,36 @@ class Ptp(LearnedDrafter):
         beta: numbers lie in their intervals as Beta(beta, beta); 1 is uniform.
         inverse: learn without a teacher (categorical only).
         attention: of training: "fused" (a kernel) or "dense"; "auto" is fused on CUDA, dense elsewhere.
+        bare: weight of a second loss, of slots without the sampler.
 
     Decoding:
 
     Args:
         budget: most slots per request and pass; 0 takes what was measured to pay on the target's device.
         min_gain: expected tokens a row must bring to be run, as a slot or as a draft token; negative: as measured.
-        branches: candidates per position; above 1, drafts are trees of them.
+        branches: candidates per position; above 1, drafts are trees of them. With a sampler, all but the likeliest of
+            each position are leaves, for what follows was asked behind the likeliest.
         draft_len: most tokens along a path; 0 for as many as slots allow.
         read: how slots that predict laws are read at temperature > 0: "path" (drawn with the position's own number),
-            "argmax", or "auto": "path" for slots that carry numbers, "argmax" for those that do not.
+            "argmax", or "auto": "path" for slots that carry numbers or have a sampler, "argmax" for others.
         adaptive: go on calibrating while decoding. Off by default: drafts (never text) would depend on earlier ones.
     """
 
     name: ClassVar[str] = "ptp"
     decoding: ClassVar[frozenset[str]] = frozenset(
-        {"density", "beta", "inverse", "attention", "budget", "min_gain", "branches", "draft_len", "read", "adaptive"}
+        {
+            "density",
+            "beta",
+            "inverse",
+            "attention",
+            "bare",
+            "budget",
+            "min_gain",
+            "branches",
+            "draft_len",
+            "read",
+            "adaptive",
+        }
     )
     default_recipe: ClassVar[Recipe] = Recipe(lr=1e-3, loss="hard", depths=8, decay=0.9, clip=1.0, weight_decay=0.0)
     needs = Needs(scouts=True, noise=True, adapter=True)
@@ -126,10 +146,14 @@ class Ptp(LearnedDrafter):
         top_p: float = 1.0,
         min_p: float = 0.0,
         any_temperature: bool = False,
+        sampler: bool = False,
+        sampler_size: int = 0,
+        vocabulary: int = 0,
         density: float = 1.0,
         beta: float = 1.0,
         inverse: bool = False,
         attention: Kernel | Literal["auto"] = "auto",
+        bare: float = 0.0,
         budget: int = 0,
         min_gain: float = -1.0,
         branches: int = 1,
@@ -147,7 +171,8 @@ class Ptp(LearnedDrafter):
         self.scale = scale
         self.temperature, self.top_k, self.top_p, self.min_p = temperature, top_k, top_p, min_p
         self.any_temperature = any_temperature
-        self.density, self.beta, self.inverse = density, beta, inverse
+        self.sampler, self.sampler_size, self.vocabulary = sampler, sampler_size, vocabulary
+        self.density, self.beta, self.inverse, self.bare = density, beta, inverse, bare
         self.attention: Kernel | Literal["auto"] = attention
         self.budget, self.min_gain = budget, min_gain
         self.branches = branches
@@ -155,6 +180,8 @@ class Ptp(LearnedDrafter):
         self.read: ReadMode = read
         self.adaptive = adaptive
         self._check()
+        self._ask()
+        self._ids: Tensor | None = None
         self.recipe = self.default_recipe.replace(
             depths=slots, loss="soft" if self.shape.law and not inverse else "hard"
         )
@@ -185,6 +212,15 @@ class Ptp(LearnedDrafter):
             raise ConfigError(f"density and beta must be above 0, got {self.density} and {self.beta}")
         if self.inverse and self.mode != "categorical":
             raise ConfigError(f"inverse training needs mode='categorical', whose slots have laws; got {self.mode!r}")
+        if min(self.sampler_size, self.vocabulary, self.bare) < 0:
+            raise ConfigError(
+                "sampler_size and vocabulary are 0 (the target's) or more, bare 0 or more; got "
+                f"{self.sampler_size}, {self.vocabulary} and {self.bare}"
+            )
+        if not self.sampler and (self.sampler_size or self.vocabulary or self.bare):
+            raise ConfigError("sampler_size, vocabulary and bare belong to the sampler; pass sampler=true with them")
+        if self.sampler and self.inverse:
+            raise ConfigError("inverse training finds numbers under laws of slots without a sampler; leave one away")
         if self.attention not in ("auto", *get_args(Kernel)):
             raise ConfigError(f"attention must be auto, dense or fused, got {self.attention!r}")
         if self.read not in get_args(ReadMode):
@@ -192,6 +228,11 @@ class Ptp(LearnedDrafter):
         if self.read == "path" and not self.shape.law:
             raise ConfigError("read='path' draws from laws, but slots of mode 'one_hot' predict no law; use 'argmax'")
         _ = self.preset
+
+    def _ask(self) -> None:
+        """What a pass has to give: with a sampler states, not logits."""
+        taps = frozenset({"post_norm"}) if self.sampler else frozenset()
+        self.needs = Needs(taps=taps, scouts=True, noise=True, adapter=True)
 
     @property
     def preset(self) -> Settings:
@@ -223,9 +264,15 @@ class Ptp(LearnedDrafter):
         """None: windows start where they like."""
         return ()
 
+    def prepare(self, counts: Tensor, target: Target) -> None:
+        """Choose the draft vocabulary."""
+        if 0 < self.vocabulary < target.vocabulary:
+            self._ids = choose_ids(counts, self.vocabulary, special_ids(target))
+
     def build(self, target: Target) -> PtpModule:
         """Fresh weights: an adapter that changes nothing yet, and embeddings in the midst of the tokens'."""
         self.shape = find_mode(self.mode)
+        self._ask()
         module = PtpModule(
             target,
             self.shape,
@@ -234,6 +281,10 @@ class Ptp(LearnedDrafter):
             rank=self.rank,
             scale=self.scale,
             any_temperature=self.any_temperature,
+            sampler=self.sampler,
+            sampler_size=self.sampler_size,
+            vocabulary=self.vocabulary,
+            ids=self._ids,
         )
         return module.to(target.device)
 
@@ -276,6 +327,7 @@ class Ptp(LearnedDrafter):
             decay=recipe.decay,
             draws=self._draws,
             kernel=None if self.attention == "auto" else self.attention,
+            bare=self.bare,
         )
 
     def widened(self, widening: Widening, target: Target) -> Self:
@@ -344,7 +396,13 @@ class Ptp(LearnedDrafter):
         numbers = self._numbers(requests, carried).to(target.device)
         heats = torch.tensor([r.sampler.settings.temperature for r in requests], device=target.device)
         embeds = self.module.embed(numbers, heats)
-        return Scouts(positions.to(target.device), sees.to(target.device), embeds=embeds, adapter=self.module.adapter)
+        return Scouts(
+            positions.to(target.device),
+            sees.to(target.device),
+            embeds=embeds,
+            adapter=self.module.adapter,
+            logits=not self.sampler,
+        )
 
     def observe(self, context: Context, walks: Sequence[Walk], read: Readout) -> None:
         """Read the group behind the node where each walk ended: the next draft."""
@@ -353,31 +411,69 @@ class Ptp(LearnedDrafter):
             self._learn(context.requests, walks)
         for request in context.requests:
             self._state(request).paths = {}
-        if plan is None or read.scout_logits is None:
+        if plan is None:
             return
-        ended = [ends.get(walk.tokens[:-1], -1) for ends, walk in zip(plan.ends, walks, strict=True)]
-        rows_of, present = rows.group_rows(
-            plan.branch, plan.slot, plan.used, torch.tensor(ended), self._worths.shape[0]
-        )
+        ended = torch.tensor([ends.get(walk.tokens[:-1], -1) for ends, walk in zip(plan.ends, walks, strict=True)])
+        rows_of, present = rows.group_rows(plan.branch, plan.slot, plan.used, ended, self._worths.shape[0])
         silent = self.shape.silent
         rows_of, present = rows_of[:, silent:], present[:, silent:]
-        longest = int(present.sum(1).max())
+        depths = present.sum(1).tolist()
+        longest = max(depths)
         if longest == 0:
             return
-        rows_of, present = rows_of[:, :longest], present[:, :longest]
-        device = read.scout_logits.device
-        logits = read.scout_logits[torch.arange(len(walks), device=device)[:, None], rows_of.to(device)]
-        drawn = self._numbers(context.requests, plan.predicted.gather(1, rows_of)).to(device)
-        for b, request in enumerate(context.requests):
-            depth = int(present[b].sum())
-            if depth and ended[b] >= 0:
-                tokens, scores = rows.read_out(
-                    logits[b, :depth],
-                    drawn[b, :depth] if self.draws(request.sampler) else None,
-                    min(self.branches, logits.shape[-1]),
-                )
-                trusted = [[self._trust[min(int(score * BINS), BINS - 1)] for score in row] for row in scores.tolist()]
-                self._state(request).paths = _grow(tokens.tolist(), trusted, self._most if self.branches > 1 else depth)
+        rows_of = rows_of[:, :longest]
+        drawn = self._numbers(context.requests, plan.predicted.gather(1, rows_of))
+        guesses, scores = self._guess(context, walks, read, rows_of, ended, drawn, plan.branch.shape[1])
+        for request, depth, tokens, said in zip(
+            context.requests, depths, guesses.tolist(), scores.tolist(), strict=True
+        ):
+            if depth:
+                trusted = [[self._trust[min(int(score * BINS), BINS - 1)] for score in row] for row in said[:depth]]
+                most = self._most if self.branches > 1 else depth
+                self._state(request).paths = _grow(tokens[:depth], trusted, most, leaves=self.sampler)
+
+    def _guess(
+        self,
+        context: Context,
+        walks: Sequence[Walk],
+        read: Readout,
+        group: Tensor,
+        ended: Tensor,
+        drawn: Tensor,
+        count: int,
+    ) -> tuple[Tensor, Tensor]:
+        """What the slots of a group [B, M] say, best first: (tokens, scores), each [B, M, branches].
+
+        group: which of the `count` slots of the pass. ended: [B], the main row at which each walk ended. drawn: [B, M]
+        float64, numbers of the predicted positions.
+        """
+        draws = [self.draws(request.sampler) for request in context.requests]
+        at = torch.arange(len(walks))[:, None]
+        module = self.module
+        if module.sampler is None:
+            assert read.scout_logits is not None  # asked for
+            device = read.scout_logits.device
+            logits, numbers = read.scout_logits[at.to(device), group.to(device)], drawn.to(device)
+            found = [
+                rows.read_out(logits[b], numbers[b] if draw else None, min(self.branches, logits.shape[-1]))
+                for b, draw in enumerate(draws)
+            ]
+            tokens, scores = zip(*found, strict=True)
+            return torch.stack(tokens), torch.stack(scores)
+        states = read.taps["post_norm"]
+        device, main = states.device, states.shape[1] - count
+        newest = torch.tensor([walk.tokens[-1] for walk in walks], device=device)
+        return follow(
+            module.sampler,
+            context.target,
+            module.head,
+            states[at.to(device), group.to(device) + main],
+            newest,
+            states[at[:, 0].to(device), ended.clamp_min(0).to(device)],
+            drawn.to(device),
+            draws,
+            self.branches,
+        )
 
     def draws(self, sampler: Sampler) -> bool:
         """Whether slots are read by drawing from their laws with the path's numbers, not by arg-max."""
@@ -385,7 +481,8 @@ class Ptp(LearnedDrafter):
 
     @property
     def _draws(self) -> bool:
-        return self.shape.law and (self.read == "path" or (self.read == "auto" and self.shape.reads))
+        auto = self.shape.reads or self.sampler
+        return self.shape.law and (self.read == "path" or (self.read == "auto" and auto))
 
     def _state(self, request: RequestContext) -> _State:
         return self._states.setdefault(request, _State())
@@ -438,10 +535,11 @@ class Ptp(LearnedDrafter):
         if self.any_temperature:
             trained["temperature"] = settings.temperature
         key = (*asked.values(), settings.noise)
-        if key in self._warned or (not self.shape.reads and settings.noise == "uniform"):
+        reads = self.shape.reads or (self._draws and settings.temperature > 0)
+        if key in self._warned or (not reads and settings.noise == "uniform"):
             return
         self._warned.add(key)
-        if settings.noise == "gumbel" and self.shape.reads:
+        if settings.noise == "gumbel" and reads:
             warnings.warn(
                 "drafter 'ptp' reads numbers of the inverse CDF, and noise='gumbel' decides tokens otherwise: hardly a "
                 "draft will hit (the text is not affected). Use noise='uniform', or another drafter",
@@ -483,8 +581,14 @@ def _tree(paths: Mapping[tuple[int, ...], float], depth: int, least: float, most
     return Tree.merge(chosen, most).depth_first() if chosen else Tree()
 
 
-def _grow(tokens: list[list[int]], trusted: list[list[float]], most: int) -> dict[tuple[int, ...], float]:
-    """Paths through the candidates of each depth, likeliest first, at most `most`; parents before children."""
+def _grow(
+    tokens: list[list[int]], trusted: list[list[float]], most: int, *, leaves: bool = False
+) -> dict[tuple[int, ...], float]:
+    """Paths through the candidates of each depth, likeliest first, at most `most`; parents before children.
+
+    leaves: only the first candidate of a depth is gone on from.
+    """
+    first = tuple(row[0] for row in tokens)
     paths: dict[tuple[int, ...], float] = {}
     front: list[tuple[float, tuple[int, ...]]] = [(1.0, ())]
     while front and len(paths) < most:
@@ -492,7 +596,7 @@ def _grow(tokens: list[list[int]], trusted: list[list[float]], most: int) -> dic
         chance, path = front.pop(best)
         if path:
             paths[path] = _last(trusted, tokens, path)
-        if len(path) < len(tokens):
+        if len(path) < len(tokens) and not (leaves and path != first[: len(path)]):
             left = 1.0
             for token, trust in zip(tokens[len(path)], trusted[len(path)], strict=True):
                 front.append((chance * min(trust, left), (*path, token)))

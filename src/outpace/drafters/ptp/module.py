@@ -7,8 +7,10 @@ from typing import TYPE_CHECKING, Final
 import torch
 from torch import nn
 
+from outpace.drafters.heads import DraftHead
 from outpace.drafters.ptp.calibration import Agreement, Calibration
 from outpace.drafters.ptp.encodings import NumberEmbedding
+from outpace.drafters.ptp.sampler import ChainedSampler
 from outpace.target import GatedLoRA
 
 if TYPE_CHECKING:
@@ -27,6 +29,8 @@ class PtpModule(nn.Module):
         embedding: number -> input embedding of a slot. adapter: low-rank part of every linear layer, for slots only.
         heat: what is added to a slot's embedding at each of `HEATS`, between which it is interpolated; None if slots
             are not told the temperature.
+        sampler: the network behind the slots that reads the token before, or None. head: its head over a reduced draft
+            vocabulary, or None for the target's own.
         calibration, agreement: counts behind the decisions of decoding.
     """
 
@@ -40,6 +44,10 @@ class PtpModule(nn.Module):
         rank: int,
         scale: float,
         any_temperature: bool,
+        sampler: bool = False,
+        sampler_size: int = 0,
+        vocabulary: int = 0,
+        ids: Tensor | None = None,
     ) -> None:
         super().__init__()
         some = torch.linspace(0, target.vocabulary - 1, 4096, device=target.device).long()
@@ -47,6 +55,10 @@ class PtpModule(nn.Module):
         self.embedding = NumberEmbedding(target.hidden_size, encoding if mode.reads else None, like=like)
         self.heat = nn.Parameter(torch.zeros(len(HEATS), target.hidden_size)) if any_temperature else None
         self.adapter = GatedLoRA.for_all_layers(target.model, rank, scale * rank)
+        size, eps = target.hidden_size, float(getattr(target.config, "rms_norm_eps", 1e-6))
+        self.sampler = ChainedSampler(size, sampler_size or size, eps) if sampler else None
+        head = DraftHead(target, vocabulary, "target", ids) if sampler else None
+        self.head = head if head is not None and head.reduced else None
         self.heats: Tensor
         self.register_buffer("heats", torch.tensor(HEATS), persistent=False)
         self.calibration = Calibration(slots - mode.silent)

@@ -20,6 +20,7 @@ from torch.nn import functional as F
 
 from outpace.drafters.learning import Batch, Losses, LossKind
 from outpace.drafters.ptp.rows import draw_scored, safety
+from outpace.drafters.ptp.sampler import taught
 from outpace.drafters.ptp.windows import Windows
 from outpace.errors import ConfigError
 from outpace.laws import Settings, infer_numbers, place_numbers, warp
@@ -51,6 +52,7 @@ class Task:
         loss: "hard" (the corpus's token), "soft" or "kl" (the teacher's law), "reverse_kl".
         decay: weight of slot j is decay^j. draws: slots' laws are read by drawing, not by arg-max.
         kernel: "dense" for the definition written out, "fused" for kernels, None for what suits the device.
+        bare: weight of the loss of slots without the sampler, beside the loss with it.
     """
 
     slots: int
@@ -63,6 +65,7 @@ class Task:
     decay: float
     draws: bool
     kernel: Kernel | None = None
+    bare: float = 0.0
 
 
 def check_loss(loss: LossKind, mode: Mode, preset: Settings, inverse: bool) -> None:
@@ -183,17 +186,24 @@ def judge(
     if mode.law and task.loss != "hard":
         before = (predicted - 1)[..., None].expand(-1, -1, reading.hidden.shape[-1])
         teacher = reading.hidden.gather(1, before).flatten(0, 1)
-    total, *parts = _judge(
-        rows.hidden.flatten(0, 1),
-        batch.tokens.gather(1, predicted).flatten(),
-        weights.flatten(),
-        teacher,
-        numbers,
-        temperature[..., None].expand(alive.shape).flatten(),
-        _head(target),
-        task,
-    )
+    labels, head, hidden, known = batch.tokens.gather(1, predicted).flatten(), _head(target), rows.hidden, None
+    heats = temperature[..., None].expand(alive.shape).flatten()
+    total = torch.zeros((), device=u.device)
+    if module.sampler is not None:
+        if task.bare:
+            bare, *_ = _judge(hidden.flatten(0, 1), labels, weights.flatten(), teacher, numbers, heats, head, task)
+            total = task.bare * bare
+        hidden = taught(module.sampler, batch, reading, windows, hidden)
+        weights = F.pad(weights[..., mode.silent :], (mode.silent, 0))  # what no draft is read from
+        if module.head is not None:
+            head, labels = module.head, module.head.to_draft(labels)
+            known, labels = (labels >= 0).view(alive.shape), labels.clamp_min(0)
+            weights = weights * known  # given that a token is of the draft vocabulary, its law is the one over that
+    found, *parts = _judge(hidden.flatten(0, 1), labels, weights.flatten(), teacher, numbers, heats, head, task)
+    total = total + found
     losses, hits, scores = (part.view(alive.shape) for part in parts)
+    if known is not None:
+        losses, hits = losses * known, hits * known
     return Judged(total, losses, hits, scores, alive)
 
 

@@ -9,6 +9,7 @@ import torch
 
 from outpace.drafters.ptp.drafter import Ptp
 from outpace.drafters.ptp.rows import read_out
+from outpace.drafters.ptp.sampler import follow
 from outpace.laws import NoiseDice, Sampler
 from outpace.target import Block, BlockCache, Scouts, Target
 
@@ -28,13 +29,21 @@ def draft_alone(
         sees=torch.cat([sees_root, torch.ones(slots, slots, dtype=torch.bool).tril()], 1)[None],
         embeds=drafter.module.embed(numbers[None, start : start + slots], torch.tensor([sampler.settings.temperature])),
         adapter=drafter.module.adapter,
+        logits=drafter.module.sampler is None,
     )
     root = Block.chain([[tokens[-1]]], cache.lengths, target.device)
-    read = target.run(Block(root.tokens, root.positions, None, scouts), cache)
+    read = target.run(Block(root.tokens, root.positions, None, scouts), cache, taps=drafter.needs.taps)
     cache.drop()
     assert read.logits is not None  # asked for
-    assert read.scout_logits is not None
     predicted = numbers[start + mode.lead : start + mode.lead + slots]
+    if drafter.module.sampler is not None:
+        known, states = sampler.choose(read.logits[0, 0], tokens), read.taps["post_norm"]
+        guesses, _ = follow(
+            drafter.module.sampler, target, drafter.module.head, states[:, 1 + mode.silent :], torch.tensor([known]),
+            states[:, 0], predicted[None, mode.silent :], [drafter.draws(sampler)],
+        )  # fmt: skip
+        return [known, *guesses[0, :, 0].tolist()]
+    assert read.scout_logits is not None
     guesses, _ = read_out(read.scout_logits[0], predicted if drafter.draws(sampler) else None)
     return [sampler.choose(read.logits[0, 0], tokens), *guesses[mode.silent :, 0].tolist()]
 
