@@ -42,8 +42,9 @@ def batch_of(target):
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_same_tokens_with_and_without(mode, temperature):
-    target, drafter = make(torch.float32, mode=mode)
+@pytest.mark.parametrize("sampler", [False, True])
+def test_same_tokens_with_and_without(mode, temperature, sampler):
+    target, drafter = make(torch.float32, mode=mode, sampler=sampler)
     options = {"max_new_tokens": 40, "temperature": temperature, "seed": 9}
     plain = Engine(target).generate(PROMPTS, **options)
     engine = Engine(target, drafter, stand_down=False, check_integrity=True)
@@ -73,8 +74,9 @@ def test_a_step_in_kernels_is_a_step_written_out(mode, dtype, tolerance):
 
 @pytest.mark.parametrize("attention", ["dense", "fused"])
 @pytest.mark.parametrize("mode", MODES)
-def test_a_training_step_does_not_wait_for_the_device(mode, attention):
-    target, drafter = make(torch.bfloat16, mode=mode, attention=attention)
+@pytest.mark.parametrize("sampler", [{}, {"sampler": True, "bare": 0.5}, {"sampler": True, "vocabulary": 30}])
+def test_a_training_step_does_not_wait_for_the_device(mode, attention, sampler):
+    target, drafter = make(torch.bfloat16, mode=mode, attention=attention, **sampler)
     batch = batch_of(target)
     drafter.objective(batch).total.backward()  # warm: lazy initialisation may wait
     torch.cuda.synchronize()

@@ -116,16 +116,16 @@ def follow(
         count: candidates per depth; the first is passed on.
     """
     score_all = whole_head(target) if head is None else head
-    drawn = torch.tensor(draws, device=slots.device)[:, None]
+    mixed = torch.tensor(draws, device=slots.device)[:, None] if any(draws) and not all(draws) else None
     tokens, scores = [], []
     for j in range(slots.shape[1]):
         state = sampler(slots[:, j], target.embed(token).to(slots.dtype), state)
         logits = score_all(state)
         most = min(count, logits.shape[-1])
         guess, score = read_out(logits, numbers[:, j].contiguous() if any(draws) else None, most)
-        if any(draws) and not all(draws):
+        if mixed is not None:
             likeliest, probability = read_out(logits, None, most)
-            guess, score = torch.where(drawn, guess, likeliest), torch.where(drawn, score, probability)
+            guess, score = torch.where(mixed, guess, likeliest), torch.where(mixed, score, probability)
         guess = guess if head is None else head.to_target(guess)
         token = guess[:, 0]
         tokens.append(guess)
