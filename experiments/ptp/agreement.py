@@ -12,7 +12,8 @@ budget of rows. One drafter is trained under another preset than the text's, on 
 from __future__ import annotations
 
 import time
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, Protocol
 
 import torch
 import transformers as hf
@@ -38,11 +39,18 @@ CASES: dict[str, dict[str, Any]] = {
 }
 
 
-def base_model(chain: Chain, steps: int) -> Target:
-    """A small Llama that has learned the chain."""
+class Language(Protocol):
+    """What a base model learns."""
+
+    def path(self, start: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
+        """Tokens [n, N] after starts [n] decided by u [n, N]."""
+
+
+def base_model(chain: Language, steps: int, size: int = SIZE) -> Target:
+    """A small Llama that has learned the chain, of `size` tokens."""
     torch.manual_seed(0)
     config = hf.LlamaConfig(
-        vocab_size=SIZE,
+        vocab_size=size,
         hidden_size=64,
         intermediate_size=128,
         num_hidden_layers=2,
@@ -55,7 +63,7 @@ def base_model(chain: Chain, steps: int) -> Target:
     model = hf.LlamaForCausalLM(config)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     for step in range(steps):
-        start = torch.randint(SIZE, (64,))
+        start = torch.randint(size, (64,))
         tokens = chain.path(start, torch.rand(64, LENGTH, dtype=torch.float64))
         logits = model(tokens).logits[:, :-1]
         loss = F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
@@ -67,14 +75,14 @@ def base_model(chain: Chain, steps: int) -> Target:
     return Target(model.requires_grad_(False).eval(), name="markov")
 
 
-def write_text(target: Target, count: int, seed: int) -> torch.Tensor:
+def write_text(target: Target, count: int, seed: int, preset: Mapping[str, Any] = PRESET) -> torch.Tensor:
     """[count, LENGTH] tokens the base model wrote under the preset, each after one random token."""
     generator = torch.Generator().manual_seed(seed)
     noise = Noise(seed)
-    tokens = torch.randint(SIZE, (count, 1), generator=generator)
+    tokens = torch.randint(target.vocabulary, (count, 1), generator=generator)
     with torch.inference_mode():
         while tokens.shape[1] < LENGTH:
-            law = warp(target.model(tokens).logits[:, -1], Settings(**PRESET))
+            law = warp(target.model(tokens).logits[:, -1], Settings(**preset))
             u = noise.grid(torch.arange(count), torch.tensor(tokens.shape[1]))
             chosen = [draw(row, float(x)) for row, x in zip(law, u, strict=True)]
             tokens = torch.cat([tokens, torch.tensor(chosen)[:, None]], 1)
@@ -82,14 +90,27 @@ def write_text(target: Target, count: int, seed: int) -> torch.Tensor:
 
 
 def train(
-    target: Target, text: torch.Tensor, held_out: torch.Tensor, options: dict[str, Any], *, steps: int, every: int
+    target: Target,
+    text: torch.Tensor,
+    held_out: torch.Tensor,
+    options: dict[str, Any],
+    *,
+    steps: int,
+    every: int,
+    only: str = "",
 ) -> dict[str, Any]:
-    """Train one drafter; the curve holds (step, drafts in a row that are right on held-out text)."""
+    """Train one drafter; the curve holds (step, drafts in a row that are right on held-out text).
+
+    only: the part of the module that learns; all of it unless said.
+    """
     drafter = Ptp(**{"slots": 9, "rank": 32, **PRESET, **options})
     drafter.recipe = drafter.recipe.replace(lr=4e-3, decay=1.0)
     drafter.initialise(target, seed=0)
     recipe = drafter.recipe
-    optimizer = torch.optim.AdamW(drafter.module.parameters(), lr=recipe.lr, betas=recipe.betas, weight_decay=0.0)
+    for name, parameter in drafter.module.named_parameters():
+        parameter.requires_grad_(name.startswith(only))
+    learned = [parameter for parameter in drafter.module.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(learned, lr=recipe.lr, betas=recipe.betas, weight_decay=0.0)
 
     def batch(rows: torch.Tensor) -> Any:
         return assemble([[Document(row.numpy(), 1)] for row in rows], LENGTH, target)
@@ -113,9 +134,11 @@ def train(
     return {"curve": curve, "seconds": round(time.perf_counter() - started), "drafter": drafter}
 
 
-def decoded(target: Target, drafter: Ptp, prompts: list[list[int]]) -> dict[str, float]:
+def decoded(
+    target: Target, drafter: Ptp, prompts: list[list[int]], preset: Mapping[str, Any] = PRESET
+) -> dict[str, float]:
     """Emitted tokens per round through the engine, and whether every text equals plain decoding's."""
-    options = {"max_new_tokens": 30, "seed": 11, **PRESET}
+    options = {"max_new_tokens": 30, "seed": 11, **preset}
     plain = Engine(target).generate(prompts, **options)
     engine = Engine(target, drafter.for_decoding(), stand_down=False)
     ours = engine.generate(prompts, **options)
