@@ -126,7 +126,7 @@ def test_decoding_follows_the_chain_that_training_unrolls(exact, batch, mode):
     u = torch.rand(1, 4, dtype=torch.float64)
     rows = run_behind(
         exact, reading, drafter.module.embedding(u), windows.positions(batch.positions),
-        windows.sees(batch.documents), drafter.module.adapter,
+        windows.spans(batch.documents), drafter.module.adapter,
     )  # fmt: skip
     numbers = torch.rand(1, 4 - silent, dtype=torch.float64)
     tokens, _ = follow(
