@@ -234,7 +234,7 @@ def tiles(rate: float, shapes: list[str]) -> list[dict[str, Any]]:
     return found
 
 
-def decode(name: str, engine: Engine, new: int = 256) -> list[dict[str, Any]]:
+def decode(name: str, engine: Engine, new: int = 128) -> list[dict[str, Any]]:
     """Tokens per second of plain decoding, beside transformers.generate as it comes and with a static cache."""
     prompt = "Write a short story about a lighthouse keeper who finds a map."
     options = {"max_new_tokens": new, "ignore_eos": True}
