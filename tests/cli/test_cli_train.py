@@ -2,6 +2,7 @@
 
 import itertools
 import json
+from pathlib import Path
 
 import pytest
 
@@ -96,6 +97,23 @@ def test_train_inspect_generate(outpace, model_dir, corpus, tmp_path, drafter):
         outpace("generate", "tell me", "-m", model_dir, "-d", spec, "-n", 10, *CPU).stdout for spec in (out, "none")
     ]
     assert answers[0] == answers[1]
+
+
+def test_inspect_tunes_the_shape_of_drafts_and_keeps_it(outpace, model_dir, corpus, tmp_path, monkeypatch):
+    monkeypatch.setenv("OUTPACE_CACHE", str(tmp_path / "cache"))
+    out = tmp_path / "drafter"
+    assert outpace("train", model_dir, "-d", "medusa:heads=2", "-c", corpus, "-o", out, *QUICK, *CPU).exit_code == 0
+    plain = outpace("generate", "tell me", "-m", model_dir, "-d", out, "-n", 10, *CPU).stdout
+    result = outpace("inspect", out, "--tune", model_dir, "--questions", 1, "-n", 8, "--json", *CPU)
+    assert result.exit_code == 0, result.stderr
+    tuned = json.loads(result.stdout)
+    assert tuned["options"] == tuned["tried"][0]["options"]
+    assert tuned["speedup"] == max(one["speedup"] for one in tuned["tried"])
+    assert json.loads(Path(tuned["kept"]).read_text())["options"] == tuned["options"]
+    assert outpace("generate", "tell me", "-m", model_dir, "-d", out, "-n", 10, *CPU).stdout == plain
+    shown = outpace("inspect", out, "--tune", model_dir, "--questions", 1, "-n", 4, *CPU)
+    assert "times plain decoding" in shown.stdout.replace("\n", " ")
+    assert "used from now on" in shown.stdout.replace("\n", " ")
 
 
 def test_a_run_is_continued_unless_asked_to_start_anew(outpace, model_dir, corpus, tmp_path):

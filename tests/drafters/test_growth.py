@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from drafters.learned import DIALOGUES, batch_for, fresh
-from outpace.drafters.calibrate import choose_budget, count_ranks, path_values
+from outpace.drafters.calibrate import count_ranks, path_values
 from outpace.drafters.eagle import Eagle3
 from outpace.drafters.growth import Draws, FixedTree, Plan, best_paths, children, extend, grow, grow_fixed, kept
 from outpace.drafters.rowcache import RowCache
@@ -166,13 +166,6 @@ def test_joint_frequencies_beat_products_where_depths_depend_on_one_another():
     assert values[(0, 0)] == pytest.approx(0.2)
     with pytest.raises(ConfigError, match="nothing to calibrate"):
         path_values(ranks, ~usable, 3, 4)
-
-
-def test_the_budget_is_where_another_node_costs_more_than_it_brings():
-    values = [((0,), 0.6), ((0, 0), 0.4), ((1,), 0.1), ((2,), 0.01)]
-    assert choose_budget(values, lambda nodes: 10.0) == 4
-    assert choose_budget(values, lambda nodes: 10.0 + nodes) == 2
-    assert choose_budget(values, lambda nodes: 10.0 + 20 * nodes) == 1
 
 
 def test_ranks_of_labels():

@@ -63,7 +63,8 @@ def test_it_drafts_for_the_real_model_and_changes_no_token(name, smollm2):
     assert emitted / rounds > LEAST[name]
 
 
-def test_on_a_cpu_it_drafts_what_pays_there_unless_asked_otherwise(smollm2):
+def test_on_a_cpu_it_drafts_what_pays_there_unless_asked_otherwise(smollm2, monkeypatch):
+    monkeypatch.setenv("OUTPACE_CACHE", "off")  # not what was tuned on this machine
     for spec, shape in (
         ("eagle3", (3, 1, 3)),
         ("eagle3:draft_len=5", (5, 8, 31)),

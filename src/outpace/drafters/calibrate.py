@@ -3,13 +3,12 @@
 For every slot of a calibration text, the rank of the true token in the drafter's list at each depth is known. How often
 a whole tuple of ranks occurs is the chance that its node is accepted; that is estimated jointly, and by a product of
 per-depth rates only where a tuple was seen too rarely. Source: Cai et al. 2024 (Medusa), section 2.3.3, with joint
-frequencies and a budget chosen by measured cost.
+frequencies. How much of the tree pays on a machine is measured there (`drafters.shapes`).
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Final
 
 import torch
@@ -70,17 +69,3 @@ def path_values(ranks: Tensor, usable: Tensor, count: int, nodes: int) -> list[t
         if len(kept) < nodes and (len(path) == 1 or path[:-1] in kept):
             kept[path] = value
     return list(kept.items())
-
-
-def choose_budget(values: Sequence[tuple[Ranks, float]], round_ms: Callable[[int], float]) -> int:
-    """Number of nodes with the most expected tokens per millisecond.
-
-    values: from `path_values`. round_ms: measured milliseconds of a round with that many drafted nodes.
-    """
-    best, best_rate, expected = 1, 0.0, 1.0
-    for nodes, (_, value) in enumerate(values, start=1):
-        expected += value
-        speed = expected / round_ms(nodes)
-        if speed > best_rate:
-            best, best_rate = nodes, speed
-    return best

@@ -16,11 +16,12 @@ import torch
 
 from outpace.drafters.ahead import numbers_ahead
 from outpace.drafters.base import Context, Needs, RequestContext, along_path
-from outpace.drafters.growth import Draws, FixedTree, Plan, Ranks, extend, grow, grow_fixed
+from outpace.drafters.growth import Draws, FixedTree, Plan, Ranks, born, extend, grow, grow_fixed
 from outpace.drafters.learning import Batch, LearnedDrafter, Losses
 from outpace.drafters.rowcache import RowCache, bucket
 from outpace.drafters.rows import RowNet, unrolled_losses
 from outpace.drafters.seats import Seats
+from outpace.drafters.shapes import Grown, text_behind
 from outpace.errors import ConfigError
 from outpace.laws import Draft, Tree, Walk
 
@@ -177,6 +178,39 @@ class FollowingDrafter(LearnedDrafter):
         if isinstance(self.shape, FixedTree):
             return grow_fixed(self.module, embed, self.cache, self.shape, batch, width, draws)
         return grow(self.module, embed, self.cache, self.shape, batch, width, draws)
+
+    @torch.no_grad()
+    def grown(self, batch: Batch, start: int) -> list[Grown]:
+        """See `LearnedDrafter.grown`: the fixed tree, or a chain and trees of up to `branches` branches."""
+        net, embed, cache, tokens = self.module, self.target.embed, self.cache, batch.tokens
+        features = torch.cat([batch.taps[name] for name in net.taps], -1).to(cache.top.dtype)
+        end, shape = tokens.shape[1] - 2, self.shape
+        branches = sorted({k for k in (1, 2, 4) if k < self.branches} | {self.branches})
+        plans = [Plan(depth=self.draft_len, branches=k, nodes=self.nodes) for k in branches]
+        fixed = isinstance(shape, FixedTree)
+        scratch = max(plan.scratch for plan in ([shape] if fixed else plans))
+        cache.reserve(slots=1, capacity=end + scratch)
+        cache.truncate(0, 0)
+        found: list[list[tuple[Tensor, ...]]] = []
+        for place in range(start, end):
+            rows = slice(0 if place == start else place, place + 1)
+            behind = tokens[:, rows.start + 1 : place + 2]
+            width = bucket(place + 1 + scratch)
+            extend(net, embed, cache, features[:, rows], behind, torch.full_like(behind[:, 0], behind.shape[1]), width)
+            if fixed:
+                found.append([self.grow(1, width, None)])
+            else:
+                found.append([born(net, embed, cache, plan, 1, width) for plan in plans])
+        cache.truncate(0, 0)
+        following = text_behind(tokens[0], start, shape.depth)
+        joined = [[torch.cat(parts) for parts in zip(*one, strict=True)] for one in zip(*found, strict=True)]
+        if isinstance(shape, FixedTree):
+            ((nodes, parents),) = joined
+            return [Grown.of({}, nodes, parents, None, following=following, most=shape.width, paths=shape.paths)]
+        return [
+            Grown.of({"branches": k}, nodes, parents, value, following=following, most=self.nodes)
+            for k, (nodes, parents, value) in zip(branches, joined, strict=True)
+        ]
 
     def _owed(self, request: RequestContext) -> tuple[Tensor, list[int]]:
         parts = self._pending[request]

@@ -125,6 +125,16 @@ def grow(
     net: RowNet, embed: Embed, cache: RowCache, plan: Plan, batch: int, width: int, draws: Draws | None = None
 ) -> tuple[Tensor, Tensor]:
     """(tokens, parents), [B, plan.width] int64 each, breadth first: the tree behind each request's kept rows."""
+    return kept(*born(net, embed, cache, plan, batch, width, draws), plan.width)
+
+
+def born(
+    net: RowNet, embed: Embed, cache: RowCache, plan: Plan, batch: int, width: int, draws: Draws | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(tokens, parents, values), [B, plan.born] each: all nodes generated, of which `grow` keeps the best.
+
+    A plan of less depth generates the first of them.
+    """
     k = plan.branches
     top = cache.top[:batch]
     device = top.device
@@ -154,7 +164,7 @@ def grow(
         slot = best // k  # which frontier node each new one hangs on
         z = net.feedback(y).gather(1, slot[..., None].expand(-1, -1, y.shape[2]))
         sees = torch.cat([sees.gather(1, slot[..., None].expand(-1, -1, sees.shape[2])), eye], 2)
-    return kept(torch.cat(every_token, 1), torch.cat(every_parent, 1), torch.cat(every_value, 1), plan.width)
+    return torch.cat(every_token, 1), torch.cat(every_parent, 1), torch.cat(every_value, 1)
 
 
 def _step(

@@ -24,11 +24,13 @@ from torch import nn
 
 from outpace.drafters.base import Drafter
 from outpace.drafters.checkpoint import find_shipped, load_checkpoint, read_config, save_checkpoint
-from outpace.errors import CheckpointError, ConfigError, suggestion
+from outpace.drafters.shapes import read_shape
+from outpace.errors import CheckpointError, ConfigError, UnsupportedError, suggestion
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from outpace.drafters.shapes import Grown
     from outpace.target import Target
     from outpace.target.widen import Widening
 
@@ -271,6 +273,25 @@ class LearnedDrafter(Drafter):
         """
         del batches
 
+    def grown(self, batch: Batch, start: int) -> list[Grown]:
+        """The full trees this drafter can grow, at every place of a text from slot `start` on, without noise.
+
+        batch: one document, with `training_taps`. One entry per growth whose smaller shapes may be chosen.
+
+        Raises:
+            UnsupportedError: if its drafts have no shape to choose.
+        """
+        del batch, start
+        raise UnsupportedError(f"drafter {self.name!r} has no tree whose shape could be tuned")
+
+    def reshaped(self, options: Mapping[str, Any]) -> Self:
+        """A copy that decodes with these options."""
+        copy = self.for_decoding()
+        for name, value in options.items():
+            setattr(copy, name, _like(getattr(copy, name), value))
+        copy.ready(copy.target)
+        return copy
+
     def initialise(self, target: Target, *, seed: int = 0) -> None:
         """Take initial weights for a target instead of loading any; for training."""
         with torch.random.fork_rng(devices=_cuda_devices(target)):
@@ -296,8 +317,12 @@ class LearnedDrafter(Drafter):
                 f"drafter {self.name!r} has to be trained for {target.name}, and no weights for it are shipped. Train "
                 f"it (outpace corpus, then outpace train --drafter {self.name}) and pass its folder as the drafter"
             )
+        tuned = read_shape(source, target)
         if self._source is None:
-            self._take_shipped(read_config(source)["options"], target.device)
+            self._take_shipped(read_config(source)["options"], target.device, tuned)
+        elif tuned is not None and not tuned.keys() & self._chosen.keys():
+            for name, value in tuned.items():
+                setattr(self, name, _like(getattr(self, name), value))
         options, tensors = load_checkpoint(source, self.name, target, force=self._force)
         del options
         self.restore(tensors, target)
@@ -305,7 +330,7 @@ class LearnedDrafter(Drafter):
 
     @classmethod
     def suited(cls, options: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
-        """Options of weights that ship, those that only decode as they pay on that kind of device."""
+        """Options of weights that ship, those that only decode as they pay on that kind of device, until measured."""
         del device
         return dict(options)
 
@@ -313,9 +338,11 @@ class LearnedDrafter(Drafter):
         """Remember which options were asked for by name, so that weights made with others are refused."""
         self._chosen = dict(options)
 
-    def _take_shipped(self, options: Mapping[str, Any], device: torch.device) -> None:
+    def _take_shipped(
+        self, options: Mapping[str, Any], device: torch.device, tuned: Mapping[str, Any] | None = None
+    ) -> None:
         """Options of the weights that ship; of those that only decode, the ones nobody asked for."""
-        suited = self.suited(options, device)
+        suited = self.suited(options, device) if tuned is None else {**options, **tuned}
         if not any(suited[name] != options[name] for name in self._chosen if name in options):
             options = suited
         for name, value in options.items():
@@ -418,8 +445,16 @@ class LearnedDrafter(Drafter):
                 raise ConfigError(f"option {name!r} of a trained {cls.name!r} cannot be changed; {known}")
         made = cls(**{**config["options"], **changes})
         made._source = Path(folder)
+        made.choose(changes)
         made._force = force
         made.provenance = config.get("provenance", {})
+        return made
+
+    @classmethod
+    def as_stored(cls, folder: str | os.PathLike[str]) -> Self:
+        """A drafter saved by `save_pretrained` that decodes as its config says, whatever was tuned on this device."""
+        made = cls.from_pretrained(folder)
+        made.choose({name: getattr(made, name) for name in cls.decoding})
         return made
 
     def save_pretrained(

@@ -3,8 +3,10 @@
 from outpace.train.corpus import Corpus, CorpusReport, CorpusSettings, write_corpus
 from outpace.train.loop import Trainer, TrainSettings
 from outpace.train.prompts import PromptReport, read_prompts
+from outpace.train.tune import Candidate, tune_shapes
 
 __all__ = [
+    "Candidate",
     "Corpus",
     "CorpusReport",
     "CorpusSettings",
@@ -12,5 +14,6 @@ __all__ = [
     "TrainSettings",
     "Trainer",
     "read_prompts",
+    "tune_shapes",
     "write_corpus",
 ]

@@ -18,6 +18,7 @@ from outpace.drafters.learning import Batch, LearnedDrafter, Losses, Recipe
 from outpace.drafters.losses import Teacher, head_loss
 from outpace.drafters.medusa.device import MedusaDraft
 from outpace.drafters.medusa.heads import MedusaHeads, Projection
+from outpace.drafters.shapes import Grown, text_behind
 from outpace.errors import ConfigError
 from outpace.laws import Draft, Tree, Walk
 
@@ -153,6 +154,13 @@ class Medusa(LearnedDrafter):
         values = path_values(torch.cat(ranks, 1), torch.cat(usable, 1), count, self.nodes)
         self.paths = tuple(path for path, _ in values)
         self.ready(self.target)
+
+    @torch.no_grad()
+    def grown(self, batch: Batch, start: int) -> list[Grown]:
+        """See `LearnedDrafter.grown`: the tree in use."""
+        tokens, parents = self.grow(batch.taps["post_norm"][0, start:-2].to(_dtype(self.module)), None)
+        following = text_behind(batch.tokens[0], start, self.tree.depth)
+        return [Grown.of({}, tokens, parents, None, following=following, most=self.tree.width, paths=self.tree.paths)]
 
     # Decoding ------------------------------------------------------------------------------------------------------
 
