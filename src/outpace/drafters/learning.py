@@ -292,6 +292,15 @@ class LearnedDrafter(Drafter):
         copy.ready(copy.target)
         return copy
 
+    def own_weights(self, target: Target) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
+        """(options that shape them, tensors of the module) that the target's own files hold for it, or None.
+
+        Raises:
+            CheckpointError: if they hold some that do not fit.
+        """
+        del target
+        return None
+
     def initialise(self, target: Target, *, seed: int = 0) -> None:
         """Take initial weights for a target instead of loading any; for training."""
         with torch.random.fork_rng(devices=_cuda_devices(target)):
@@ -300,7 +309,7 @@ class LearnedDrafter(Drafter):
         self._take(target)
 
     def fit(self, target: Target) -> None:
-        """Load the weights this drafter was made from, or those shipped for that target.
+        """Load the weights this drafter was made from, or those shipped for that target, with outpace or with it.
 
         Raises:
             CheckpointError: if there are none, or they do not fit.
@@ -312,6 +321,12 @@ class LearnedDrafter(Drafter):
                 f"drafter {self.name!r} holds weights for {self._fitted.name}; make another one for {target.name}"
             )
         source = self._source or find_shipped(self.name, target)
+        own = None if source is not None else self.own_weights(target)
+        if own is not None:
+            self._take_shipped({**self.options(), **own[0]}, target.device)
+            self.restore(own[1], target)
+            self._take(target)
+            return
         if source is None:
             raise CheckpointError(
                 f"drafter {self.name!r} has to be trained for {target.name}, and no weights for it are shipped. Train "

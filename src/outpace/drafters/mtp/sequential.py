@@ -15,6 +15,7 @@ from outpace.drafters.follower import FollowingDrafter, GuessMode
 from outpace.drafters.heads import DraftHead, HeadKind, choose_ids, special_ids
 from outpace.drafters.layers import Block, RMSNorm, Rotary, Shape, copy_norm, initialise
 from outpace.drafters.learning import Recipe
+from outpace.drafters.mtp.shipped import check_module, shipped_module
 from outpace.drafters.rows import RowNet
 from outpace.errors import ConfigError
 from outpace.target.families import part
@@ -165,6 +166,15 @@ class MTP(FollowingDrafter):
         """Choose the draft vocabulary."""
         if 0 < self.vocabulary < target.vocabulary:
             self._ids = choose_ids(counts, self.vocabulary, special_ids(target))
+
+    def own_weights(self, target: Target) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
+        """The module a model comes with; see `mtp.shipped`."""
+        found = shipped_module(target)
+        if found is None:
+            return None
+        options, tensors = found
+        check_module(target, tensors, type(self)(**options).build(target).state_dict())
+        return options, tensors
 
     def build(self, target: Target) -> MTPNet:
         """The module for a target."""
