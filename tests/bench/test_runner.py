@@ -19,9 +19,11 @@ from outpace.bench.ledger import set_aside
 from outpace.bench.methods import PLAIN, EngineMethod
 from outpace.bench.runner import RETAKES, plan
 from outpace.bench.watchdog import LastResort, Overdue, deadline
-from outpace.drafters import TokenDrafter
+from outpace.drafters import TokenDrafter, make_drafter
+from outpace.drafters.shapes import keep_shape
 from outpace.errors import ConfigError, ResultError
 from outpace.laws import Tree
+from tiny import learned
 
 CONFIG = BenchConfig(drafters=(), stock=(), max_new_tokens=10, repetitions=2, bootstrap=200, warm_up_runs=0)
 
@@ -272,6 +274,17 @@ class TestReal:
         assert len(result["replays"]) == 2
         for shown in result["replays"][0]["answers"]:
             assert shown["rounds"]
+
+    def test_a_result_says_how_a_learned_drafter_drafted(self, spoken, suite, tmp_path, monkeypatch):
+        """A shape tuned for this device would otherwise be nowhere in it."""
+        monkeypatch.setenv("OUTPACE_CACHE", str(tmp_path / "cache"))
+        learned(spoken, "eagle3:draft_len=3,branches=2,nodes=5,vocabulary=0").save_pretrained(tmp_path / "mine")
+        chosen = {"branches": 1, "draft_len": 2, "nodes": 2}
+        keep_shape(tmp_path / "mine", spoken, {"options": chosen})
+        config = BenchConfig(drafters=(), stock=(), max_new_tokens=6, repetitions=1, modes=("fixed",), replays=0)
+        made = {"mine": lambda: make_drafter(str(tmp_path / "mine"))}
+        result, _ = run_real(spoken, config, suite, made)
+        assert result["decoding"]["mine"] == {**chosen, "draw": "path", "coupling": 0.6}
 
     def test_replays_say_what_the_timed_run_said(self, spoken, suite):
         config = BenchConfig(

@@ -36,6 +36,7 @@ def derive(ledger: Ledger) -> dict[str, Any]:
         "state": ledger.notes.get("state"),
         "floor": header.get("floor"),
         "coverage": _coverage(ledger),
+        "decoding": ledger.notes.get("decoding", {}),
         "warm_up": ledger.notes.get("warm_up"),
         "harness": _harness(ledger),
         "cells": cells,

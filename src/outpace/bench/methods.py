@@ -8,14 +8,15 @@ from __future__ import annotations
 import dataclasses
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, ClassVar, Final, Literal
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar, Final, Literal
 
 import torch
 
 from outpace.bench.scripted import Scripted
 from outpace.bench.trials import Answer, Job, Trial
 from outpace.drafters import Drafter, make_drafter
+from outpace.drafters.learning import LearnedDrafter
 from outpace.engine import Engine, Output
 
 if TYPE_CHECKING:
@@ -38,12 +39,14 @@ class Method(ABC):
         name: what tables call it. kind: where it comes from.
         alone: it can answer one prompt at a time only.
         follows: it needs to be told what plain decoding said, and so runs after it.
+        decoding: how a learned drafter drafted, once opened: it may have been tuned for this device.
     """
 
     name: str
     kind: ClassVar[Kind]
     alone: bool = False
     follows: bool = False
+    decoding: Mapping[str, Any] | None = None
 
     def open(self) -> None:
         """Make ready; called before the first trial and after every failure."""
@@ -103,6 +106,10 @@ class EngineMethod(Method):
         """Build the engine; a drafter that cannot be made or does not fit says so here."""
         self.close()
         self._engine = self.build()
+        drafter = self._engine.drafter
+        if isinstance(drafter, LearnedDrafter):
+            options = drafter.options()
+            self.decoding = {name: options[name] for name in sorted(drafter.decoding)}
 
     def build(self, wrap: Callable[[Drafter], Drafter] | None = None) -> Engine:
         """An engine of this method's, `wrap` around its drafter."""

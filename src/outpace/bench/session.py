@@ -155,6 +155,8 @@ class _Run:
     def _after(self, target: Target, stop: Stop) -> None:
         """What needs the model and no clock."""
         self.ledger.note("state", {**self.ledger.notes["state"], "after": describe_state(target.device)})
+        decoding = {method.name: method.decoding for method in self.methods if method.decoding is not None}
+        self.ledger.note("decoding", decoding)
         numbers = {question.id: question.number for question in self.suite.questions}
         by_name = {method.name: method for method in self.methods}
         audit_differences(
