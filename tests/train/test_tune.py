@@ -12,7 +12,7 @@ from outpace.drafters.growth import DEFAULT_PATHS
 from outpace.drafters.medusa import Medusa
 from outpace.drafters.mtp import MTP, MTPHeads
 from outpace.drafters.ptp import Ptp
-from outpace.drafters.shapes import Shape, device_name, keep_shape, read_shape, tried
+from outpace.drafters.shapes import Grown, Shape, device_name, keep_shape, read_shape, tried
 from outpace.errors import ConfigError, UnsupportedError
 from outpace.train import tune_shapes
 from outpace.train.evaluate import decode, replay
@@ -42,6 +42,17 @@ def test_every_shape_reaches_in_decoding_what_was_counted(name):
         assert [one.tokens for one in outputs] == [one.tokens for one in said], "no shape changes the text"
         rounds = sum(one.rounds for one in outputs)
         assert sum(len(one.tokens) for one in outputs) / rounds == pytest.approx(emitted)
+
+
+def test_a_fixed_tree_keeps_its_order_until_enough_was_seen():
+    """Node (1,) is right more often than (0,); a handful of hits is chance, many are not."""
+    paths = [(0,), (1,), (0, 0)]
+    for times, best in ((1, [[0]]), (20, [[1]])):
+        right = torch.tensor([[True, False, False], [False, True, False], [False, True, False]] * times)
+        tree = Grown({}, right, None, [1, 1, 2], 3, paths, [(0,), (0, 0), (1,)])
+        shapes = {shape.nodes: shape.options["paths"] for shape, _ in tried([[tree]])}
+        assert shapes[1] == best
+        assert sorted(shapes[3]) == [[0], [0, 0], [1]]
 
 
 def test_a_drafter_without_such_a_tree_says_so():

@@ -206,7 +206,11 @@ class FollowingDrafter(LearnedDrafter):
         joined = [[torch.cat(parts) for parts in zip(*one, strict=True)] for one in zip(*found, strict=True)]
         if isinstance(shape, FixedTree):
             ((nodes, parents),) = joined
-            return [Grown.of({}, nodes, parents, None, following=following, most=shape.width, paths=shape.paths)]
+            return [
+                Grown.of(
+                    {}, nodes, parents, None, following=following, most=shape.width, paths=shape.paths, given=self.paths
+                )
+            ]
         return [
             Grown.of({"branches": k}, nodes, parents, value, following=following, most=self.nodes)
             for k, (nodes, parents, value) in zip(branches, joined, strict=True)

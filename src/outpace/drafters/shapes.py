@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
 _LOG: Final = logging.getLogger("outpace")
 _FOLDER: Final = "shapes"  # in the user's cache
+_RARE: Final = 30  # a node of a fixed tree that was right less often keeps the place its drafter gave it
 SIZES: Final = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48)  # nodes that are tried
 
 
@@ -56,8 +57,9 @@ class Grown:
         options: decoding options that name the growth.
         right: [n, N] bool: the node lies on the text's path. value: [n, N]: what the drafter thinks of it; None for a
             tree fixed in advance, whose nodes are worth what they are found to be.
-        depth: [N] of each node. most: nodes of the largest draft that is considered. paths: the tuples of a fixed tree,
-            in the order of its nodes.
+        depth: [N] of each node. most: nodes of the largest draft that is considered.
+        paths: the tuples of a fixed tree, in the order of its nodes. given: the same as its drafter gave them, best
+            first.
     """
 
     options: dict[str, Any]
@@ -66,6 +68,7 @@ class Grown:
     depth: list[int]
     most: int
     paths: Sequence[Ranks] = ()
+    given: Sequence[Ranks] = ()
 
     @classmethod
     def of(
@@ -78,6 +81,7 @@ class Grown:
         following: Tensor,
         most: int,
         paths: Sequence[Ranks] = (),
+        given: Sequence[Ranks] = (),
     ) -> Grown:
         """From trees (tokens, parents, value: [n, N]) and the text behind each place (following: [n, D], -1: none)."""
         above = parents[0].tolist()
@@ -89,7 +93,7 @@ class Grown:
             parent = parents[:, node]
             so_far = (parent < 0) | right.gather(1, parent.clamp_min(0)[:, None])[:, 0]
             right[:, node] = so_far & (tokens[:, node] == following[:, level - 1])
-        return cls(options, right.cpu(), None if value is None else value.float().cpu(), depth, most, paths)
+        return cls(options, right.cpu(), None if value is None else value.float().cpu(), depth, most, paths, given)
 
 
 def text_behind(tokens: Tensor, start: int, depth: int) -> Tensor:
@@ -106,9 +110,7 @@ def tried(texts: Sequence[Sequence[Grown]]) -> list[tuple[Shape, float]]:
 def _tried(texts: Sequence[Grown]) -> Iterator[tuple[Shape, float]]:
     first = texts[0]
     depth = torch.tensor(first.depth)
-    worth = torch.stack([text.right.sum(0) for text in texts]).sum(
-        0
-    )  # parents are right as often as their children, or more
+    worth = _worth(first, torch.stack([text.right.sum(0) for text in texts]).sum(0))
     deepest = [first.depth[-1]] if first.value is None else list(range(1, first.depth[-1] + 1))
     for most in deepest:
         among = int((depth <= most).sum())
@@ -132,6 +134,18 @@ def _tried(texts: Sequence[Grown]) -> Iterator[tuple[Shape, float]]:
             else:
                 options = {**first.options, "draft_len": most, "nodes": nodes}
                 yield Shape(options, nodes, str(first.options), most), _walked(lengths)
+
+
+def _worth(tree: Grown, hits: Tensor) -> Tensor:
+    """[N] int64, what puts the nodes of a fixed tree in order: hits where they are many, else the drafter's order.
+
+    A parent has no fewer hits than its children, and stands before them in that order.
+    """
+    if tree.value is not None:
+        return hits
+    place = {tuple(path): number for number, path in enumerate(tree.given)}
+    behind = [max(place[path[: n + 1]] for n in range(len(path))) for path in tree.paths]
+    return torch.where(hits >= _RARE, hits, -1 - torch.tensor(behind))
 
 
 def _walked(lengths: Sequence[Sequence[int]]) -> float:

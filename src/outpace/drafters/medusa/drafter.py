@@ -160,7 +160,9 @@ class Medusa(LearnedDrafter):
         """See `LearnedDrafter.grown`: the tree in use."""
         tokens, parents = self.grow(batch.taps["post_norm"][0, start:-2].to(_dtype(self.module)), None)
         following = text_behind(batch.tokens[0], start, self.tree.depth)
-        return [Grown.of({}, tokens, parents, None, following=following, most=self.tree.width, paths=self.tree.paths)]
+        tree, given = self.tree, self.paths or DEFAULT_PATHS
+        found = Grown.of({}, tokens, parents, None, following=following, most=tree.width, paths=tree.paths, given=given)
+        return [found]
 
     # Decoding ------------------------------------------------------------------------------------------------------
 
