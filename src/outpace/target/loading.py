@@ -135,6 +135,8 @@ def load(
                 dense.keep(copy, model, tokenizer)
     except (OSError, ValueError) as error:
         raise CheckpointError(_why_not_loaded(name, error)) from error
+    if copy is not None and source == str(copy):
+        model.config._name_or_path = label  # what it is, not where a copy of it lies
     return model.to(where), tokenizer, label
 
 
