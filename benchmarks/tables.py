@@ -20,7 +20,7 @@ from outpace.bench.report.markdown import task_table
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-PAGES = ("README.md", "docs/fast.md", "docs/training.md")
+PAGES = ("README.md", "docs/fast.md", "docs/training.md", "docs/methods/ptp.md")
 _SLOT = re.compile(r"<!-- table:(\w+) -->\n(.*?)<!-- /table -->", re.DOTALL)
 _INTRODUCTION = """# Benchmarks
 
@@ -79,10 +79,10 @@ def rounds_table(result: dict[str, Any]) -> str:
         "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for row in result["round"]:
-        parts = " | ".join(f"{row[part]:.2f}" for part in ("draft_ms", "pass_ms", "walk_ms"))
+        parts = " | ".join(f"{max(0.0, row[part]):.2f}" for part in ("draft_ms", "pass_ms", "walk_ms", "host_ms"))
         lines.append(
-            f"| `{row['drafter']}` | {row['temperature']:g} | {row['batch']} | {parts} | {max(0.0, row['host_ms']):.2f} | "
-            f"{row['round_ms']:.2f} | {row['outside_pass']:.0%} | {row['emitted_per_round']:.2f} |"
+            f"| `{row['drafter']}` | {row['temperature']:g} | {row['batch']} | {parts} | {row['round_ms']:.2f} | "
+            f"{row['outside_pass']:.0%} | {row['emitted_per_round']:.2f} |"
         )
     lines += ["", f"{result['round'][0]['model']}, {_where(result['about'])}"]
     return "\n".join(lines) + "\n"
@@ -140,9 +140,9 @@ def training_table(result: dict[str, Any]) -> str:
     for row in result["rows"]:
         share = f"{row['feature_share']:.0%}" if row["feature_share"] > 0.01 else "in the objective"
         peak = "not counted" if row["share_of_peak"] is None else f"{row['share_of_peak']:.0%}"
+        speed = f"{row['tokens_per_second'] / 1e3:.0f} k"
         lines.append(
-            f"| `{row['drafter']}` | {row['step_ms']:.0f} | {row['tokens_per_second'] / 1e3:.0f} k | {share} | {peak} | "
-            f"{row['memory_gib']:.1f} GiB |"
+            f"| `{row['drafter']}` | {row['step_ms']:.0f} | {speed} | {share} | {peak} | {row['memory_gib']:.1f} GiB |"
         )
     about = result["about"]
     lines += [
