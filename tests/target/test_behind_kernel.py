@@ -39,7 +39,7 @@ SHAPES = [
     (5, 0, 3, 3, 16, None),
     (5, 0, 4, 1, 24, None),
     (8, 0, 6, 2, 16, 6),  # slides, within a window too
-    (20, 0, 16, 1, 8, None),  # a group in parts of programs: its gradients are added up
+    (9, 0, 16, 1, 8, None),  # a group in parts of programs: its gradients are added up
     (64, 0, 3, 1, 16, None),
     (1, 0, 3, 1, 16, None),
     (2, 3, 3, 1, 16, None),
