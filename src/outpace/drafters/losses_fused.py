@@ -115,7 +115,7 @@ def soft_rows(
     heat = loss if temperature is None else temperature
     _soft_rows[(rows,)](
         logits, teacher, heat, loss, best, top, logits.stride(0), size=size, entropy=divergence,
-        warm=temperature is not None, block=_block(size), num_warps=8,
+        warm=temperature is not None, block=block_size(size), num_warps=8,
     )  # fmt: skip
     return loss, best, top
 
@@ -127,7 +127,9 @@ def hard_rows(logits: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """
     rows, size = logits.shape
     loss, best, top = _results(logits)
-    _hard_rows[(rows,)](logits, tokens, loss, best, top, logits.stride(0), size=size, block=_block(size), num_warps=8)
+    _hard_rows[(rows,)](
+        logits, tokens, loss, best, top, logits.stride(0), size=size, block=block_size(size), num_warps=8
+    )
     return loss, best, top
 
 
@@ -136,5 +138,6 @@ def _results(logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return loss, torch.empty(logits.shape[0], dtype=torch.int64, device=logits.device), top
 
 
-def _block(size: int) -> int:
+def block_size(size: int) -> int:
+    """Logits of a row that a kernel reads at once."""
     return min(_BLOCK, int(triton.next_power_of_2(size)))

@@ -11,16 +11,16 @@ float32 and sums float64, as there; but there the law is divided by its sum in f
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING
 
 import torch
 import triton
 import triton.language as tl
 
+from outpace.drafters.losses_fused import block_size
+
 if TYPE_CHECKING:
     from torch import Tensor
-
-_BLOCK: Final = 4096
 
 
 @triton.jit
@@ -89,7 +89,7 @@ def token_edges(logits: Tensor, tokens: Tensor, temperature: Tensor) -> tuple[Te
     low, high, total = (torch.empty(logits.shape[0], dtype=torch.float64, device=logits.device) for _ in range(3))
     _edges_kernel[(logits.shape[0],)](
         logits, tokens, temperature, low, high, total, logits.stride(0), SIZE=logits.shape[1],
-        BLOCK=_block(logits.shape[1]), num_warps=8,
+        BLOCK=block_size(logits.shape[1]), num_warps=8,
     )  # fmt: skip
     return low, high, total
 
@@ -102,11 +102,7 @@ def draw_rows(logits: Tensor, u: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     tokens = torch.empty(logits.shape[0], dtype=torch.int64, device=logits.device)
     left, right = torch.empty_like(u), torch.empty_like(u)
     _draw_kernel[(logits.shape[0],)](
-        logits, u, tokens, left, right, logits.stride(0), SIZE=logits.shape[1], BLOCK=_block(logits.shape[1]),
+        logits, u, tokens, left, right, logits.stride(0), SIZE=logits.shape[1], BLOCK=block_size(logits.shape[1]),
         num_warps=8,
     )  # fmt: skip
     return tokens, left, right
-
-
-def _block(size: int) -> int:
-    return min(_BLOCK, int(triton.next_power_of_2(size)))
