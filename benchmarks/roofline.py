@@ -1,8 +1,9 @@
 """How close a pass comes to the floor: bytes that must be read over the bandwidth measured in the same run.
 
-    python benchmarks/roofline.py                          # every section
+    python benchmarks/roofline.py                          # passes of both shapes
     python benchmarks/roofline.py --section pass --model 8b
     python benchmarks/roofline.py --section tiles          # which tile sizes suit this GPU (slow: compiles hundreds)
+    python benchmarks/roofline.py --section decode,batch --model smollm2,135m,8b --out FILE.json
     python benchmarks/roofline.py --section round --model 8b --out benchmarks/results/roofline_rounds_8b.json
     python benchmarks/roofline.py --section round --model smollm2 --drafters 'FOLDER;suffix' --out FILE.json
 
