@@ -20,6 +20,7 @@ import transformers
 
 from outpace import Engine
 from outpace.engine import encode, total
+from outpace.laws import NOISES
 from outpace.target import Target
 
 RESULTS = Path(__file__).parent / "results"
@@ -48,7 +49,9 @@ def decode(
     started = perf_counter()
     try:
         prompts = [encode(target, turn) for _, turn in asked]
-        found = engine.generate(prompts, max_new_tokens=options.tokens, temperature=temperature, seed=options.seed)
+        found = engine.generate(
+            prompts, max_new_tokens=options.tokens, temperature=temperature, seed=options.seed, noise=options.noise
+        )
     finally:
         engine.close()
     return found, perf_counter() - started
@@ -65,6 +68,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=128)
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--noise", default="gumbel", choices=NOISES, help="uniform for ptp")
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--out", type=Path, default=RESULTS / "acceptance.json")
     options = parser.parse_args()
@@ -77,7 +81,7 @@ def main() -> None:
         "model": options.model, "device": device, "dtype": str(target.dtype), "torch": torch.__version__,
         "transformers": transformers.__version__, "questions": len(asked),
         "asked": {"temperatures": options.temperatures, "per_task": options.per_task, "tokens": options.tokens,
-                  "batch": options.batch, "seed": options.seed},
+                  "batch": options.batch, "seed": options.seed, "noise": options.noise},
     }  # fmt: skip
     rows = []
     for temperature in map(float, options.temperatures.split(",")):

@@ -84,7 +84,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         engines[name] = Engine(target, drafter, stand_down=False)
     tasks = read_questions(arguments.questions, arguments.per_task)
     for engine in engines.values():
-        engine.generate(["Hello."], max_new_tokens=8, temperature=1.0)
+        engine.generate(["Hello."], max_new_tokens=8, temperature=1.0, noise="uniform")
     table = []
     for temperature in arguments.temperatures:
         for task, texts in tasks.items():
@@ -99,7 +99,12 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
                     before = (engine.timing.draft_ms, engine.timing.pass_ms, engine.timing.total_ms)
                     started = time.perf_counter()
                     out = engine.generate(
-                        [ids], max_new_tokens=arguments.tokens, temperature=temperature, seed=number, request=number
+                        [ids],
+                        max_new_tokens=arguments.tokens,
+                        temperature=temperature,
+                        seed=number,
+                        request=number,
+                        noise="uniform",
                     )[0]
                     mine = sums[name]
                     mine["seconds"] += time.perf_counter() - started

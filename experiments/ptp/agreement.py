@@ -138,7 +138,7 @@ def decoded(
     target: Target, drafter: Ptp, prompts: list[list[int]], preset: Mapping[str, Any] = PRESET
 ) -> dict[str, float]:
     """Emitted tokens per round through the engine, and whether every text equals plain decoding's."""
-    options = {"max_new_tokens": 30, "seed": 11, **preset}
+    options = {"max_new_tokens": 30, "seed": 11, "noise": "uniform", **preset}
     plain = Engine(target).generate(prompts, **options)
     engine = Engine(target, drafter.for_decoding(), stand_down=False)
     ours = engine.generate(prompts, **options)

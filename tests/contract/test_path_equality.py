@@ -26,7 +26,8 @@ SETTINGS = {
     "presence and frequency": {"temperature": 0.7, "presence_penalty": 0.4, "frequency_penalty": 0.3},
     "greedy with penalties": {"repetition_penalty": 1.2, "frequency_penalty": 0.5},
     "bias and minimum": {"temperature": 1.0, "logit_bias": {EOS: 3.0, 7: 1.0}, "min_new_tokens": 6},
-    "gumbel": {"temperature": 1.0, "noise": "gumbel"},
+    "uniform": {"temperature": 1.0, "noise": "uniform"},
+    "uniform top-p": {"temperature": 0.8, "top_p": 0.9, "noise": "uniform"},
 }
 
 

@@ -49,18 +49,29 @@ def filled(drafter, seed):
     return taps, path, emitted, torch.tensor([2, 0, 1, 0])
 
 
+def drawn(sampled, heats, depth, size, coupling, generator):
+    """Draws for requests of these temperatures; "both": numbers for the first, noise for the others."""
+    if sampled == "greedy":
+        return None
+    heat = torch.tensor(heats)
+    raced = torch.tensor([sampled == "gumbel" or (sampled == "both" and b > 0) for b in range(len(heats))])
+    race = None
+    if sampled != "uniform":
+        race = -torch.empty(len(heats), depth, size).exponential_(generator=generator).log()
+        race = race * (raced & (heat > 0))[:, None, None]
+    u = None if sampled == "gumbel" else torch.rand(len(heats), depth, generator=generator)
+    return Draws(heat, race, u, heat * ~raced, coupling)
+
+
 @torch.inference_mode()
-@pytest.mark.parametrize("sampled", [False, True], ids=["greedy", "sampled"])
+@pytest.mark.parametrize("sampled", ["greedy", "uniform", "gumbel"])
 @pytest.mark.parametrize("name", FUSED)
 def test_a_fused_draft_is_the_one_growth_makes(name, sampled, monkeypatch):
     if name != "eagle3":  # attention's kernels take most of the time here
         monkeypatch.setattr(fused, "tree_attention", plain_attention)
     drafter = fresh(FUSED[name]())
     generator = torch.Generator().manual_seed(1)
-    draws = None
-    if sampled:
-        u = torch.rand(4, drafter.shape.depth, generator=generator)
-        draws = Draws(u, torch.tensor([0.8, 1.2, 0.0, 0.5]), 0.3)
+    draws = drawn(sampled, [0.8, 1.2, 0.0, 0.5], drafter.shape.depth, drafter.module.head.size, 0.3, generator)
     found = []
     for make in (FollowingDraft, device_draft):
         draft = make(drafter)
@@ -92,7 +103,7 @@ def test_a_fused_draft_is_the_one_growth_makes(name, sampled, monkeypatch):
 
 
 @torch.inference_mode()
-@pytest.mark.parametrize("sampled", [False, True], ids=["greedy", "sampled"])
+@pytest.mark.parametrize("sampled", ["greedy", "uniform", "gumbel", "both"])
 @pytest.mark.parametrize(("vocabulary", "k"), [(2500, 3), (33000, 2), (1024, 8), (7, 7)])
 def test_the_best_children_over_many_tiles(vocabulary, k, sampled):
     """Ties, a drawn token that is among the best and one that is not, a greedy request beside a warm one."""
@@ -102,8 +113,7 @@ def test_the_best_children_over_many_tiles(vocabulary, k, sampled):
     logits = 2 * torch.randn(3 * k, vocabulary, generator=generator)
     logits[0, [1, vocabulary - 1]] = float(logits[0].max()) + 1  # a tie between tiles
     for coupling in (0.0, 0.3, 0.9):
-        u = torch.tensor([[0.1, 0.97], [0.5, 0.0], [0.2, 0.7]])
-        draws = Draws(u, torch.tensor([0.7, 1.5, 0.0]), coupling) if sampled else None
+        draws = drawn(sampled, [0.7, 1.5, 0.0], 2, vocabulary, coupling, generator)
         run = fused._Run(device_draft(drafter), DraftKey(0, 256), 3, draws)
         values = -torch.rand(3 * k, generator=generator)
         births = torch.arange(3 * k, dtype=torch.int32) % k
@@ -116,7 +126,7 @@ def test_the_best_children_over_many_tiles(vocabulary, k, sampled):
         clear[:, :, 1:] &= (best[:, :, 1:] - best[:, :, :-1]).abs() > 1e-5
         clear[:, :, :-1] &= (best[:, :, 1:] - best[:, :, :-1]).abs() > 1e-5
         assert torch.equal(tokens[clear], ids[clear])
-        assert tokens[0, 0].tolist()[:2] == [1, vocabulary - 1] or sampled
+        assert tokens[0, 0].tolist()[:2] == [1, vocabulary - 1] or sampled != "greedy"
         assert torch.equal(run.parents[:, k:], births.view(3, k).repeat_interleave(k, 1))
 
 

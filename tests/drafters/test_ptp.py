@@ -14,7 +14,7 @@ from outpace.laws import Noise, NoiseDice, Sampler, Settings
 from outpace.target import Block, Scouts, Target
 from tiny import FAMILIES, PROMPTS, make_model, target
 
-OPTIONS = {"max_new_tokens": 24, "temperature": 1.0, "seed": 5, "ignore_eos": True}
+OPTIONS = {"max_new_tokens": 24, "temperature": 1.0, "noise": "uniform", "seed": 5, "ignore_eos": True}
 
 
 def random_ptp(where, *, seed=1, **options):
@@ -189,7 +189,7 @@ def test_a_saved_drafter_drafts_the_same(exact, tmp_path):
         rounds.append(engine.generate([PROMPTS[0]], **{**OPTIONS, "temperature": 0.9, "top_k": 7})[0].rounds_detail)
         engine.close()
     assert rounds[0] == rounds[1]
-    assert loaded.preset == Settings(temperature=0.9, top_k=7)
+    assert loaded.preset == Settings(temperature=0.9, top_k=7, noise="uniform")
     with pytest.raises(ConfigError, match="'slots' of a trained 'ptp' cannot be changed"):
         Ptp.from_pretrained(tmp_path, slots=6)
     with pytest.raises(CheckpointError, match="vocabulary size 40"):
@@ -201,15 +201,15 @@ def test_other_sampling_than_it_was_trained_for_is_warned_about_once_with_its_co
     engine = Engine(exact, drafter, stand_down=False)
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
-        engine.generate([PROMPTS[0]], max_new_tokens=4, temperature=0.7)
+        engine.generate([PROMPTS[0]], max_new_tokens=4, temperature=0.7, noise="uniform")
     with pytest.warns(UserWarning, match=r"trained for sampling with temperature=0.7.*how many was not measured"):
-        engine.generate([PROMPTS[0]], max_new_tokens=4, temperature=1.3)
+        engine.generate([PROMPTS[0]], max_new_tokens=4, temperature=1.3, noise="uniform")
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
-        engine.generate([PROMPTS[0]], max_new_tokens=4, temperature=1.3)
+        engine.generate([PROMPTS[0]], max_new_tokens=4, temperature=1.3, noise="uniform")
     drafter.module.agreement.count(torch.randn(50, 40), drafter.preset)
     with pytest.warns(UserWarning, match=r"decides the same token under both \d+ % of the time"):
-        engine.generate([PROMPTS[0]], max_new_tokens=4, temperature=1.0)
+        engine.generate([PROMPTS[0]], max_new_tokens=4, temperature=1.0, noise="uniform")
     with pytest.warns(UserWarning, match="noise='gumbel' decides tokens otherwise"):
         engine.generate([PROMPTS[0]], max_new_tokens=4, temperature=0.7, noise="gumbel")
     engine.close()
@@ -244,7 +244,7 @@ def test_numbers_of_any_request_are_the_paths_own(exact):
     drafter = random_ptp(exact)
     engine = Engine(exact, drafter, stand_down=False)
     for identity in (0, 3, (1 << 64) - 1):
-        engine.submit(PROMPTS[0], temperature=1.0, seed=9, request=identity, max_new_tokens=3)
+        engine.submit(PROMPTS[0], temperature=1.0, noise="uniform", seed=9, request=identity, max_new_tokens=3)
     engine.step()
     requests = engine._context.requests
     index = torch.tensor([[8, 200, 11]] * 3)

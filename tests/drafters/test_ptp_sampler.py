@@ -20,7 +20,7 @@ from outpace.target import Target, read, run_behind
 from outpace.train.packing import Document, assemble
 from tiny import PROMPTS, learned, make_model
 
-OPTIONS = {"max_new_tokens": 24, "temperature": 1.0, "seed": 5, "ignore_eos": True}
+OPTIONS = {"max_new_tokens": 24, "temperature": 1.0, "noise": "uniform", "seed": 5, "ignore_eos": True}
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +30,9 @@ def exact():
 
 @pytest.fixture(scope="module")
 def batch(exact):
-    written = Engine(exact).generate(PROMPTS[:3], max_new_tokens=100, temperature=1.0, seed=21, ignore_eos=True)
+    written = Engine(exact).generate(
+        PROMPTS[:3], max_new_tokens=100, temperature=1.0, noise="uniform", seed=21, ignore_eos=True
+    )
     documents = [
         Document([*o.prompt_tokens, *o.tokens], len(o.prompt_tokens), request=i, temperature=1.0)
         for i, o in enumerate(written)
@@ -202,7 +204,9 @@ def test_the_loss_has_the_gradient_of_its_value(exact, batch):
 @pytest.mark.parametrize("mode", MODES)
 def test_a_drafter_with_a_sampler_learns_more_in_the_same_steps(mode):
     target = Target(make_model(dtype=torch.float32).requires_grad_(False))
-    written = Engine(target).generate(PROMPTS, max_new_tokens=60, temperature=1.0, seed=3, ignore_eos=True)
+    written = Engine(target).generate(
+        PROMPTS, max_new_tokens=60, temperature=1.0, noise="uniform", seed=3, ignore_eos=True
+    )
     documents = [Document([*o.prompt_tokens, *o.tokens], len(o.prompt_tokens), temperature=1.0) for o in written]
     batch = assemble([documents[:4], documents[4:]], 300, target)
     reached = []
@@ -222,7 +226,9 @@ def test_a_drafter_with_a_sampler_learns_more_in_the_same_steps(mode):
 
 def test_replaying_an_answer_counts_the_rounds_that_decoding_takes(exact):
     """What training calls a hit is one while decoding: by arg-max, so that no number is drawn anew."""
-    written = Engine(exact).generate([PROMPTS[0]], max_new_tokens=120, temperature=1.0, seed=21, ignore_eos=True)[0]
+    written = Engine(exact).generate(
+        [PROMPTS[0]], max_new_tokens=120, temperature=1.0, noise="uniform", seed=21, ignore_eos=True
+    )[0]
     batch = assemble(
         [[Document([*written.prompt_tokens, *written.tokens], len(written.prompt_tokens), temperature=1.0)]], 128, exact
     )
@@ -236,7 +242,9 @@ def test_replaying_an_answer_counts_the_rounds_that_decoding_takes(exact):
     drafter.calibrate([batch])
     counted = drafter.module.calibration
     engine = Engine(exact, drafter, stand_down=False)
-    output = engine.generate([PROMPTS[0]], max_new_tokens=120, temperature=1.0, seed=21, ignore_eos=True)[0]
+    output = engine.generate(
+        [PROMPTS[0]], max_new_tokens=120, temperature=1.0, noise="uniform", seed=21, ignore_eos=True
+    )[0]
     engine.close()
     assert output.tokens == written.tokens
     assert output.rounds < 80, "it learned something, or this says nothing"

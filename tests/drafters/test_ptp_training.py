@@ -28,7 +28,9 @@ def exact():
 @pytest.fixture(scope="module")
 def written(exact):
     """Long answers of the target at temperature 1, as the engine wrote them."""
-    return Engine(exact).generate(PROMPTS, max_new_tokens=120, temperature=1.0, seed=21, ignore_eos=True)
+    return Engine(exact).generate(
+        PROMPTS, max_new_tokens=120, temperature=1.0, noise="uniform", seed=21, ignore_eos=True
+    )
 
 
 def documents_of(outputs, temperature=1.0):
@@ -220,7 +222,9 @@ def test_training_changes_the_drafter_alone(exact, written, mode):
 def test_a_one_hot_drafter_can_learn_a_batch_by_heart():
     """Its ideal loss is zero: numbers and context decide the token."""
     target = Target(make_model(dtype=torch.float32).requires_grad_(False))
-    written = Engine(target).generate(PROMPTS[:2], max_new_tokens=20, temperature=1.0, seed=3, ignore_eos=True)
+    written = Engine(target).generate(
+        PROMPTS[:2], max_new_tokens=20, temperature=1.0, noise="uniform", seed=3, ignore_eos=True
+    )
     batch = assemble([documents_of(written)], 64, target)
     drafter = fresh(target, rank=16, density=2.0)
     optimizer = torch.optim.AdamW(drafter.module.parameters(), lr=1e-2)
@@ -303,7 +307,9 @@ def test_replaying_an_answer_counts_the_rounds_that_decoding_takes(exact, writte
     drafter.calibrate([batch])
     counted = drafter.module.calibration
     engine = Engine(exact, drafter, stand_down=False)
-    output = engine.generate([PROMPTS[0]], max_new_tokens=120, temperature=1.0, seed=21, ignore_eos=True)[0]
+    output = engine.generate(
+        [PROMPTS[0]], max_new_tokens=120, temperature=1.0, noise="uniform", seed=21, ignore_eos=True
+    )[0]
     engine.close()
     assert output.tokens == written[0].tokens
     assert output.rounds < 100, "it learned something, or this says nothing"

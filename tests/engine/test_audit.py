@@ -24,7 +24,10 @@ LAWS = {
     "top-p": {"temperature": 1.0, "top_p": 0.9},
     "min-p": {"temperature": 1.3, "min_p": 0.05},
     "penalties": {"temperature": 1.0, "repetition_penalty": 1.3, "presence_penalty": 0.2},
-    "gumbel": {"temperature": 0.8, "noise": "gumbel"},
+    "uniform": {"temperature": 0.8, "noise": "uniform"},
+    "uniform top-k": {"temperature": 1.0, "top_k": 5, "noise": "uniform"},
+    "uniform top-p": {"temperature": 1.0, "top_p": 0.9, "noise": "uniform"},
+    "uniform min-p": {"temperature": 1.3, "min_p": 0.05, "noise": "uniform"},
 }
 
 

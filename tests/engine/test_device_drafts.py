@@ -1,5 +1,7 @@
 """Between a draft and its pass: numbers ahead as the host's, trees laid as the host lays them."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -7,7 +9,8 @@ from interpreted import require_interpreter
 
 require_interpreter()
 
-from outpace.engine.device.drafts import NO_ROOM, lay, numbers_ahead
+from outpace.engine.device.drafts import NO_ROOM, lay, numbers_ahead, race_ahead
+from outpace.engine.device.kernels import Keys
 from outpace.engine.device.lanes import fill
 from outpace.laws import Noise, Tree
 from outpace.target.fast.forward import Inputs
@@ -17,10 +20,28 @@ from outpace.target.fast.forward import Inputs
 def test_numbers_ahead_are_the_paths():
     seeds, requests = [3, 2**63 + 5], [7, 2**40 + 1]
     signed = torch.tensor([[3, 2**63 + 5 - 2**64], requests])
-    found = numbers_ahead(signed[0], signed[1], torch.tensor([11, 4000]), 5)
+    keys = Keys(signed[0], signed[1], torch.zeros(2, dtype=torch.int64))
+    found = numbers_ahead(keys, torch.tensor([11, 4000]), 5)
     for b, start in enumerate((12, 4001)):
         wanted = [Noise(seeds[b]).uniform(requests[b], start + ahead) for ahead in range(5)]
         assert torch.equal(found[b], torch.tensor(wanted))
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("reduced", [False, True])
+def test_races_ahead_are_the_paths(reduced):
+    seeds, requests = [3, 2**63 + 5, 1, 2], [7, 2**40 + 1, 0, 0]
+    names = torch.tensor(requests)
+    keys = Keys(torch.tensor([3, 2**63 + 5 - 2**64, 1, 2]), names, torch.tensor([1, 1, 0, 1]))
+    ids = torch.arange(1500) + torch.arange(1500) // 7 if reduced else torch.arange(1500)
+    offsets = ids - torch.arange(1500)
+    head = SimpleNamespace(size=1500, offsets=offsets if reduced else None, reduced=reduced)
+    found = race_ahead(keys, torch.tensor([1.0, 0.7, 1.0, 0.0]), torch.tensor([11, 4000, 5, 5]), 3, head)
+    for b, start in enumerate((12, 4001)):
+        for ahead in range(3):
+            wanted = Noise(seeds[b]).gumbel(requests[b], start + ahead, 2000)[ids]
+            torch.testing.assert_close(found[b, ahead], wanted, atol=2e-6, rtol=2e-6)
+    assert not found[2:].any(), "where numbers are looked up, and where nothing is drawn"
 
 
 def random_tree(generator, count, depth):

@@ -32,7 +32,9 @@ def make(dtype, **options):
 
 
 def batch_of(target):
-    outputs = Engine(target).generate(PROMPTS, max_new_tokens=60, temperature=1.0, seed=3, ignore_eos=True)
+    outputs = Engine(target).generate(
+        PROMPTS, max_new_tokens=60, temperature=1.0, noise="uniform", seed=3, ignore_eos=True
+    )
     documents = [
         Document([*o.prompt_tokens, *o.tokens], len(o.prompt_tokens), request=i, temperature=1.0)
         for i, o in enumerate(outputs)
@@ -45,7 +47,7 @@ def batch_of(target):
 @pytest.mark.parametrize("sampler", [False, True])
 def test_same_tokens_with_and_without(mode, temperature, sampler):
     target, drafter = make(torch.float32, mode=mode, sampler=sampler)
-    options = {"max_new_tokens": 40, "temperature": temperature, "seed": 9}
+    options = {"max_new_tokens": 40, "temperature": temperature, "noise": "uniform", "seed": 9}
     plain = Engine(target).generate(PROMPTS, **options)
     engine = Engine(target, drafter, stand_down=False, check_integrity=True)
     assert [o.tokens for o in engine.generate(PROMPTS, **options)] == [o.tokens for o in plain]
@@ -174,7 +176,8 @@ def test_edges_and_draws_of_laws_read_off_logits(scale, dtype):
         within = torch.rand(256, dtype=torch.float64, device="cuda")
         low, high, total = token_edges(logits, tokens, torch.full((256,), temperature, device="cuda"))
         for found, wanted in zip((low / total, high / total), intervals(law, tokens), strict=True):
-            assert float((found - wanted).abs().max()) < 1e-6
+            # exp in float32 is off by 2^-24 of its argument, which reaches eight deviations
+            assert float((found - wanted).abs().max()) < 1e-6 * max(1.0, scale)
         u, valid = place_numbers(low, high, total, within)
         there, both = infer_numbers(law, tokens, within)
         assert float((valid == both).double().mean()) > 0.98

@@ -1,3 +1,6 @@
+import math
+
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -6,7 +9,7 @@ from scipy import stats
 
 from outpace.errors import ConfigError
 from outpace.laws import Noise, Stream
-from outpace.laws.noise import philox
+from outpace.laws.noise import gumbel_of, philox
 
 
 @pytest.mark.parametrize(
@@ -77,6 +80,34 @@ def test_gumbel_noise_is_gumbel_and_keyed():
     assert stats.kstest(g.numpy(), "gumbel_r").pvalue > 1e-5
     assert torch.equal(g[:100], noise.gumbel(0, 7, 100))
     assert not torch.equal(g[:100], noise.gumbel(0, 8, 100))
+    assert not torch.equal(g[:100], noise.gumbel(1, 7, 100))
+    assert torch.equal(g[:7], noise.gumbel(0, 7, 7)), "a vocabulary that no fours fill"
+
+
+def test_gumbel_noise_of_an_id_is_a_word_of_its_four():
+    """One value by hand, from the integers up; and the words of arrays are those of tensors."""
+    noise, request, position = Noise(2**40 + 5), 2**35 + 3, 9
+    tail = Stream.GUMBEL << 28
+    words = philox((position, request & 0xFFFFFFFF, request >> 32, 2 | tail), (5, 2**8))
+    found = noise.gumbel(request, position, 12).double()
+    for index, word in enumerate(words):
+        assert float(found[8 + index]) == pytest.approx(
+            -math.log(-math.log1p(-(word + 0.5) / 2**32)), rel=1e-6, abs=1e-6
+        )
+    counter = np.arange(50, dtype=np.uint64) * np.uint64(2**31 + 12345) % np.uint64(2**32)
+    arrays = philox((counter, counter[::-1].copy(), counter + np.uint64(1), counter), (7, 2**32 - 1))
+    tensor = torch.from_numpy(counter.astype(np.int64))
+    tensors = philox((tensor, tensor.flip(0), tensor + 1, tensor), (7, 2**32 - 1))
+    for one, two in zip(arrays, tensors, strict=True):
+        assert torch.equal(torch.from_numpy(one.astype(np.int64)), two)
+
+
+def test_gumbel_noise_is_finite_for_every_word():
+    words = torch.tensor([0, 1, 2, 2**31, 2**32 - 2**9, 2**32 - 2, 2**32 - 1], dtype=torch.int64)
+    noise = gumbel_of(words.float())
+    assert torch.isfinite(noise).all()
+    assert (noise[:-1] >= noise[1:]).all()
+    assert float(noise[0]) == pytest.approx(33 * math.log(2), rel=1e-6)
 
 
 @pytest.mark.parametrize("seed", [-1, 2**64])

@@ -10,7 +10,7 @@ from interpreted import require_interpreter
 
 require_interpreter()
 
-from outpace.engine.device.kernels import Chooser, advance, walk
+from outpace.engine.device.kernels import Chance, Chooser, Keys, advance, walk
 from outpace.laws import Noise, NoiseDice, Sampler, Settings, Tree
 from outpace.laws.rules import walk_path
 from outpace.target import Block, Target
@@ -60,7 +60,8 @@ def _signed(word):
 
 
 @torch.inference_mode()
-def test_choosing_and_walking_are_the_path_rule():
+@pytest.mark.parametrize("kinds", [("uniform",) * 3, ("gumbel",) * 3, ("gumbel", "uniform", "gumbel")], ids="/".join)
+def test_choosing_and_walking_are_the_path_rule(kinds):
     batch, rows, vocabulary = 3, 5, 4500  # three tiles, the last one not full
     logits = 3 * torch.randn(batch, rows, vocabulary, generator=torch.Generator().manual_seed(0))
     logits[0, 0, [7, 4000]] = float(logits[0, 0].max()) + 1  # a tie: the lower id
@@ -69,14 +70,14 @@ def test_choosing_and_walking_are_the_path_rule():
     depths = [0, 1, 1, 2, 3]
     positions = torch.tensor([[len(p) - 1 + d for d in depths] for p in prefixes])
     samplers = [
-        Sampler(Settings(temperature=t, seed=s), NoiseDice(Noise(s), r))
-        for t, s, r in zip(temperatures, seeds, requests, strict=True)
+        Sampler(Settings(temperature=t, seed=s, noise=kind), NoiseDice(Noise(s), r, kind))
+        for t, s, r, kind in zip(temperatures, seeds, requests, kinds, strict=True)
     ]
     chooser = Chooser(batch * rows, vocabulary, logits.device)
-    chosen = chooser(
-        logits, torch.tensor(temperatures), torch.tensor([_signed(s) for s in seeds]),
-        torch.tensor([_signed(r) for r in requests]), positions.view(-1), sampled=True,
-    ).view(batch, rows)  # fmt: skip
+    raced = torch.tensor([int(t > 0 and kind == "gumbel") for t, kind in zip(temperatures, kinds, strict=True)])
+    keys = Keys(torch.tensor([_signed(s) for s in seeds]), torch.tensor([_signed(r) for r in requests]), raced)
+    chance = Chance("uniform" in kinds[1:], "gumbel" in kinds[1:])
+    chosen = chooser(logits, torch.tensor(temperatures), keys, positions.view(-1), chance=chance).view(batch, rows)
     for b, sampler in enumerate(samplers):
         for row in range(rows):
             assert int(chosen[b, row]) == sampler.choose(logits[b, row], [0] * (int(positions[b, row]) + 1))
@@ -107,10 +108,12 @@ def test_no_law_is_no_token():
     logits = torch.full((1, 2, 50), float("nan"))
     chooser = Chooser(2, 50, logits.device)
     one = torch.zeros(1, dtype=torch.int64)
-    for heat in (0.0, 1.0):
-        assert chooser(
-            logits, torch.tensor([heat]), one, one, torch.zeros(2, dtype=torch.int64), sampled=True
-        ).tolist() == [-1, -1]
+    for heat, kind in ((0.0, 0), (1.0, 0), (1.0, 1)):
+        keys = Keys(one, one, one + kind)
+        found = chooser(
+            logits, torch.tensor([heat]), keys, torch.zeros(2, dtype=torch.int64), chance=Chance(True, bool(kind))
+        )
+        assert found.tolist() == [-1, -1]
 
 
 @torch.inference_mode()

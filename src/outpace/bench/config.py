@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Final, Literal
 
 from outpace.errors import ConfigError, suggestion
-from outpace.laws import RuleName, find_rule
+from outpace.laws import NOISES, NoiseKind, RuleName, find_rule
 
 Mode = Literal["natural", "fixed"]
 State = Literal["cold", "warm"]
@@ -35,6 +35,7 @@ class BenchConfig:
             "fixed" emits exactly max_new_tokens on all sides.
         max_new_tokens: most tokens of an answer.
         repetitions: times every prompt is run with every method; the median counts.
+        noise: what decides tokens at a temperature, see `laws.Settings`.
         seed: of noise, of orders, of subsamples, of the bootstrap.
         state: "cold" makes drafters forget earlier requests before each trial; "warm" lets them learn (only the
             prompt order, shuffled by seed, then decides what they have seen).
@@ -65,6 +66,7 @@ class BenchConfig:
     modes: tuple[Mode, ...] = ("natural",)
     max_new_tokens: int = 128
     repetitions: int = 3
+    noise: NoiseKind = "gumbel"
     seed: int = 0
     state: State = "cold"
     template: Template = "chat"
@@ -112,6 +114,7 @@ class BenchConfig:
             "state": ("cold", "warm"),
             "template": ("chat", "vicuna", "none"),
             "turns": ("plain", "own"),
+            "noise": NOISES,
             "compat": (None, "spec-bench"),
         }
         for name, allowed in known.items():

@@ -27,6 +27,7 @@ def settings_of(cell: Cell, config: BenchConfig, request: int) -> Settings:
         temperature=cell.temperature,
         ignore_eos=cell.mode == "fixed",
         seed=config.seed,
+        noise=config.noise,
         request=request,
     )
 

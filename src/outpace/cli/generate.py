@@ -15,6 +15,7 @@ from outpace.cli.options import (
     Json,
     MaxNewTokens,
     Model,
+    Noise,
     Seed,
     TrustRemoteCode,
     load_target,
@@ -44,6 +45,7 @@ def generate(
     presence_penalty: Annotated[float, typer.Option(help="Once per token of the output.")] = 0.0,
     frequency_penalty: Annotated[float, typer.Option(help="Per occurrence in the output.")] = 0.0,
     seed: Seed = 0,
+    noise: Noise = "gumbel",
     stop: Annotated[list[str] | None, typer.Option(help="End before this string; may be given several times.")] = None,
     raw: Annotated[bool, typer.Option("--raw", help="Continue the text as it is: no chat template.")] = False,
     rule: Annotated[str, typer.Option(help="path (same tokens), or token, block, tree for sampled drafts.")] = "path",
@@ -74,6 +76,7 @@ def generate(
         presence_penalty=presence_penalty,
         frequency_penalty=frequency_penalty,
         seed=seed,
+        noise=noise,  # type: ignore[arg-type]  # checked there
         stop=tuple(stop or ()),
     )
     find_rule(rule)
@@ -121,6 +124,7 @@ def _shown(settings: Settings) -> dict[str, Any]:
         "presence_penalty",
         "frequency_penalty",
         "seed",
+        "noise",
         "stop",
     )
     return {name: getattr(settings, name) for name in names}

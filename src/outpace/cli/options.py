@@ -38,6 +38,9 @@ Model = Annotated[
     str, typer.Option("--model", "-m", help="Alias (smollm2), hub name, local directory or .gguf file of the target.")
 ]
 MaxNewTokens = Annotated[int, typer.Option("--max-new-tokens", "-n", help="Most tokens to emit.")]
+Noise = Annotated[
+    str, typer.Option(help="What decides tokens at a temperature: gumbel, or uniform (for ptp, which reads numbers).")
+]
 Seed = Annotated[int, typer.Option(help="Seed of the noise: same seed, same text, with any drafter.")]
 Dtype = Annotated[str, typer.Option(help=f"Dtype of the weights: {', '.join(DTYPES)} (auto: what the device likes).")]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ...; default: CUDA if there is one.")]

@@ -6,13 +6,17 @@ from typing import TYPE_CHECKING, Literal, get_args
 
 import torch
 
+from outpace.drafters.growth import Draws
 from outpace.errors import ConfigError
 from outpace.laws import DraftKind, Key, NoiseDice, Stream, Tree
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from torch import Tensor
 
     from outpace.drafters.base import RequestContext
+    from outpace.drafters.heads import DraftHead
 
 DrawMode = Literal["path", "greedy", "own"]
 
@@ -59,3 +63,32 @@ def numbers_ahead(request: RequestContext, count: int) -> list[float] | None:
         return None
     start = len(request.tokens)
     return [dice.uniform(Key(Stream.PATH, start + ahead)) for ahead in range(count)]
+
+
+def race_ahead(request: RequestContext, count: int, head: DraftHead) -> Tensor | None:
+    """The Gumbel noise of the next `count` positions, [count, Vd] float32, or None where none decides."""
+    dice = request.sampler.dice
+    if request.sampler.greedy or not isinstance(dice, NoiseDice) or dice.kind != "gumbel":
+        return None
+    start, device = len(request.tokens), head.weight.device
+    noise = torch.stack([dice.gumbel(start + ahead, head.vocabulary, device) for ahead in range(count)])
+    return noise[:, head.ids] if head.reduced else noise
+
+
+def draws_ahead(requests: Sequence[RequestContext], count: int, head: DraftHead, coupling: float) -> Draws | None:
+    """What decides the next `count` positions of each request, or None where all are greedy."""
+    numbers = [numbers_ahead(request, count) for request in requests]
+    races = [race_ahead(request, count, head) for request in requests]
+    if not any(numbers) and all(race is None for race in races):
+        return None
+    device = head.weight.device
+    heats = [request.sampler.settings.temperature for request in requests]
+    nothing = next((torch.zeros_like(race) for race in races if race is not None), None)
+    u = torch.tensor([n or [0.0] * count for n in numbers], device=device) if any(numbers) else None
+    return Draws(
+        torch.tensor(heats, device=device),
+        None if nothing is None else torch.stack([nothing if race is None else race for race in races]),
+        u,
+        torch.tensor([heat if n else 0.0 for heat, n in zip(heats, numbers, strict=True)], device=device),
+        coupling,
+    )

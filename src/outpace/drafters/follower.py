@@ -14,7 +14,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 
-from outpace.drafters.ahead import numbers_ahead
+from outpace.drafters.ahead import draws_ahead
 from outpace.drafters.base import Context, Needs, RequestContext, along_path
 from outpace.drafters.growth import Draws, FixedTree, Plan, Ranks, born, extend, grow, grow_fixed
 from outpace.drafters.learning import Batch, LearnedDrafter, Losses
@@ -248,16 +248,8 @@ class FollowingDrafter(LearnedDrafter):
         self.cache.advance(counts)
 
     def _draws(self, requests: Sequence[RequestContext]) -> Draws | None:
-        """The path's numbers of the positions ahead, where somebody samples."""
-        if self.draw != "path":
-            return None
-        found = [numbers_ahead(request, self.shape.depth) for request in requests]
-        if not any(found):
-            return None
-        u = [numbers or [0.0] * self.shape.depth for numbers in found]
-        temperature = [r.sampler.settings.temperature if n else 0.0 for r, n in zip(requests, found, strict=True)]
-        device = self.cache.top.device
-        return Draws(torch.tensor(u, device=device), torch.tensor(temperature, device=device), self.coupling)
+        """What decides the positions ahead, where somebody samples."""
+        return draws_ahead(requests, self.shape.depth, self.module.head, self.coupling) if self.draw == "path" else None
 
     def _pack(self, context: Context, tokens: Tensor, parents: Tensor) -> Draft:
         """One tree per request in the context's order, its first path in one piece."""

@@ -68,30 +68,41 @@ class Draws(NamedTuple):
     """The path's numbers, for drafts at a temperature.
 
     Attributes:
-        u: [B, D] float32: the number of each position ahead. temperature: [B] float32, 0 for greedy requests.
+        temperature: [B] float32, 0 for greedy requests.
+        race: [B, D, Vd] float32, the Gumbel noise of draft ids at each position ahead, zero for requests it does not
+            decide; None where it decides none.
+        u: [B, D] float32: the number of each position ahead; None where no request looks one up in its law.
+        looked_up: [B] float32: the temperature of requests whose number is, 0 for the others.
         coupling: how sure the token drawn with u is to be the path's, beyond its probability.
     """
 
-    u: Tensor
     temperature: Tensor
+    race: Tensor | None
+    u: Tensor | None
+    looked_up: Tensor
     coupling: float
 
 
 def children(logits: Tensor, count: int, draws: Draws | None = None, depth: int = 1) -> tuple[Tensor, Tensor]:
     """The `count` best next tokens of each row: (log probability, draft id), [B, F, count] each, best first.
 
-    logits: [B, F, Vd]. With draws, the token the law gives at the path's number counts as `coupling` more probable:
-    a law close to the target's turns that number into the same token.
+    logits: [B, F, Vd]. With draws, a law close to the target's turns the path's numbers into the same token, so they
+    say more than the law does. Gumbel noise is added to the logits as the target will add it to its own: the softmax of
+    the sum is, measured, how likely a token is to be the path's. Where a number is looked up, the token that the law
+    gives at it counts as `coupling` more probable.
     """
     scores = logits.float()
     if draws is not None:
-        warm = draws.temperature > 0
-        scores = scores / draws.temperature.masked_fill(~warm, 1.0)[:, None, None]
+        heat = draws.temperature.masked_fill(draws.temperature <= 0, 1.0)
+        scores = scores / heat[:, None, None]
+        if draws.race is not None:
+            scores = scores + draws.race[:, depth - 1, None]
+    if draws is not None and draws.u is not None:
         p = torch.softmax(scores, -1)
         cumulated = torch.cumsum(p, -1)
         number = (draws.u[:, depth - 1, None, None] * cumulated[..., -1:]).expand(*p.shape[:2], 1).contiguous()
         drawn = torch.searchsorted(cumulated, number, right=True).clamp_max(p.shape[-1] - 1)
-        share = (draws.coupling * warm)[:, None, None]
+        share = (draws.coupling * (draws.looked_up > 0))[:, None, None]
         p = (1 - share) * p
         p = p.scatter_add(2, drawn, share.expand_as(drawn))
         best, ids = torch.topk(p, count, -1)

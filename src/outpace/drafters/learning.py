@@ -26,6 +26,7 @@ from outpace.drafters.base import Drafter
 from outpace.drafters.checkpoint import find_shipped, load_checkpoint, read_config, save_checkpoint
 from outpace.drafters.shapes import read_shape
 from outpace.errors import CheckpointError, ConfigError, UnsupportedError, suggestion
+from outpace.laws import Settings
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -249,9 +250,9 @@ class LearnedDrafter(Drafter):
         return self.needs.taps
 
     @property
-    def evaluation_temperature(self) -> float:
-        """Temperature at which training decodes held-out prompts: the one the drafter is made for."""
-        return 0.0
+    def evaluation(self) -> Settings:
+        """Sampling with which training decodes held-out prompts: what the drafter is made for."""
+        return Settings()
 
     @property
     def shifts(self) -> tuple[int, ...]:
@@ -269,7 +270,7 @@ class LearnedDrafter(Drafter):
     def calibrate(self, batches: Iterable[Batch]) -> None:
         """After training: choose decoding options on text of the target (fixed trees), taps as in training.
 
-        The text was sampled at `evaluation_temperature`.
+        The text was sampled as `evaluation` says.
         """
         del batches
 

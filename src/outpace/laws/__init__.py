@@ -3,7 +3,7 @@
 Imports torch and nothing else. Knows no models, caches or text (beyond a `decode` function it is handed).
 """
 
-from outpace.laws.dice import Dice, Key, NoiseDice, draw
+from outpace.laws.dice import NOISES, Dice, Key, NoiseDice, NoiseKind, draw
 from outpace.laws.inverse import infer_numbers, intervals, place_numbers
 from outpace.laws.noise import Noise, Stream
 from outpace.laws.rules import GUARANTEES, RULES, Guarantee, Rule, RuleName, Walk, find_rule
@@ -14,6 +14,7 @@ from outpace.laws.warp import Sampler, warp
 
 __all__ = [
     "GUARANTEES",
+    "NOISES",
     "RULES",
     "Decode",
     "Dice",
@@ -24,6 +25,7 @@ __all__ = [
     "Key",
     "Noise",
     "NoiseDice",
+    "NoiseKind",
     "Processor",
     "Rule",
     "RuleName",

@@ -7,7 +7,7 @@ is the code which runs.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Final, Literal, NamedTuple, Protocol, get_args
 
 import torch
 
@@ -17,7 +17,9 @@ from outpace.laws.noise import Noise, Stream
 if TYPE_CHECKING:
     from torch import Tensor
 
-NoiseKind = Literal["uniform", "gumbel"]
+NoiseKind = Literal["gumbel", "uniform"]
+NOISES: Final[tuple[NoiseKind, ...]] = get_args(NoiseKind)
+KEPT_RACES: Final = 16  # positions whose Gumbel noise a request keeps at hand
 
 
 class Key(NamedTuple):
@@ -61,6 +63,24 @@ def draw(weights: Tensor, u: float) -> int:
     return index
 
 
+def race(weights: Tensor, noise: Tensor) -> int:
+    """Gumbel-max: the id with the largest log weight + noise, the lowest one on ties; drawn in proportion to weights.
+
+    weights: [V], as for `draw`; noise: [V] float32, standard Gumbel. Never returns an id of zero weight.
+
+    Raises:
+        LawError: if the weights have no mass or are not finite.
+    """
+    scores = torch.log(weights.float()) + noise
+    best = int(torch.argmax(scores))
+    if not float("-inf") < float(scores[best]) < float("inf"):
+        raise LawError(
+            f"cannot draw a token: the weights of {weights.shape[0]} ids are not finite, or all zero; "
+            "a logits processor may have forbidden every token, or the model produced NaN"
+        )
+    return best
+
+
 class NoiseDice:
     """Dice of one request, answering from `Noise`."""
 
@@ -68,16 +88,26 @@ class NoiseDice:
         self.noise = noise
         self.request = request
         self.kind = kind
+        self._races: dict[int, Tensor] = {}
 
     def uniform(self, key: Key) -> float:
         """The number behind a key, in [0, 1)."""
         return self.noise.uniform(self.request, key.position, key.stream, round_index=key.round_index, index=key.order)
 
+    def gumbel(self, position: int, vocabulary: int, device: torch.device) -> Tensor:
+        """`Noise.gumbel` of this request: [vocabulary] float32. Drafter and rule ask for the same; a few are kept."""
+        found = self._races.get(position)
+        if found is None or found.shape[0] < vocabulary or found.device != device:
+            found = self.noise.gumbel(self.request, position, vocabulary, device)
+            self._races[position] = found
+            while len(self._races) > KEPT_RACES:
+                del self._races[min(self._races)]
+        return found[:vocabulary]
+
     def draw(self, weights: Tensor, key: Key) -> int:
         """Inverse CDF at the key's number; with Gumbel noise (path stream only) the arg-max of log p + g."""
         if self.kind == "gumbel" and key.stream is Stream.PATH:
-            g = self.noise.gumbel(self.request, key.position, weights.shape[0], weights.device)
-            return int(torch.argmax(torch.log(weights.double()) + g))
+            return race(weights, self.gumbel(key.position, weights.shape[0], weights.device))
         return draw(weights, self.uniform(key))
 
     def accept(self, p: float, q: float, key: Key) -> bool:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from outpace.errors import ConfigError, suggestion
-from outpace.laws.dice import NoiseKind
+from outpace.laws.dice import NOISES, NoiseKind
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -42,7 +42,9 @@ class Settings:
         eos: end-of-sequence ids; None takes the model's own.
         seed: seed of the noise.
         request: identity of the request in the noise key; None takes the index of the prompt in the call.
-        noise: how noise turns into a token: "uniform" (inverse CDF) or "gumbel" (Gumbel-max).
+        noise: how noise decides a token, in law the same: "gumbel" (Gumbel-max: the largest log p + g, a number for
+            each id) or "uniform" (inverse CDF: one number). A drafter whose law is near the target's finds the path's
+            token far more often by Gumbel noise; drafters that read numbers (ptp) need "uniform".
 
     Raises:
         ConfigError: on a value outside its range, or a combination without effect.
@@ -64,7 +66,7 @@ class Settings:
     eos: tuple[int, ...] | None = None
     seed: int = 0
     request: int | None = None
-    noise: NoiseKind = "uniform"
+    noise: NoiseKind = "gumbel"
 
     def __post_init__(self) -> None:
         given: dict[str, Any] = {name: getattr(self, name) for name in ("stop", "processors", "eos")}
@@ -97,7 +99,7 @@ class Settings:
         need(all(self.stop), "stop", "a tuple of non-empty strings")
         need(0 <= self.seed < 1 << 64, "seed", "from 0 to 2^64 - 1")
         need(self.request is None or 0 <= self.request < 1 << 64, "request", "from 0 to 2^64 - 1")
-        need(self.noise in ("uniform", "gumbel"), "noise", "'uniform' or 'gumbel'")
+        need(self.noise in NOISES, "noise", " or ".join(map(repr, NOISES)))
 
     def _refuse_without_effect(self) -> None:
         for name in ("top_k", "top_p", "min_p"):

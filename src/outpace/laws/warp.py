@@ -54,7 +54,7 @@ class Sampler:
         """Whether the law is softmax(logits / temperature), or arg-max: nothing depends on history or truncates."""
         s = self.settings
         truncates = s.top_k is not None or (s.top_p is not None and s.top_p < 1.0) or bool(s.min_p)
-        return self._plain_logits and s.noise == "uniform" and not truncates
+        return self._plain_logits and not truncates
 
     @property
     def greedy(self) -> bool:

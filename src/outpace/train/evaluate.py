@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from outpace.engine import Engine, Output, Stats, total
+from outpace.laws import Settings
 from outpace.train.features import read_taps
 from outpace.train.packing import Document, assemble
 
@@ -49,16 +50,18 @@ def decode(
     prompts: Sequence[Sequence[int]],
     *,
     max_new_tokens: int,
-    temperature: float = 0.0,
+    settings: Settings | None = None,
     max_batch: int = 32,
     weights: Mapping[str, Tensor] | None = None,
 ) -> Evaluation:
-    """Decode prompts with the drafter as it is now (or with these weights), never standing down."""
+    """Decode prompts with the drafter as it is now (or with these weights), never standing down.
+
+    settings: of sampling; None for greedy.
+    """
+    settings = (settings or Settings()).replace(max_new_tokens=max_new_tokens)
     engine = Engine(drafter.target, drafter.for_decoding(weights), max_batch=max_batch, stand_down=False)
     try:
-        outputs = engine.generate(
-            [list(prompt) for prompt in prompts], max_new_tokens=max_new_tokens, temperature=temperature
-        )
+        outputs = engine.generate([list(prompt) for prompt in prompts], settings)
     finally:
         engine.close()
     return Evaluation(total([output.stats for output in outputs]), outputs)

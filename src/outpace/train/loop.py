@@ -390,7 +390,7 @@ class Trainer:
                 self.drafter,
                 prompts,
                 max_new_tokens=self.settings.eval_tokens,
-                temperature=self.drafter.evaluation_temperature,
+                settings=self.drafter.evaluation,
                 weights=weights,
             )
             self._said = found.outputs
@@ -406,7 +406,7 @@ class Trainer:
         changed = False
         if self._said and self.ranks.first:
             copy = self.drafter.for_decoding(weights)
-            heat = copy.evaluation_temperature
+            heat = copy.evaluation.temperature
             copy.calibrate([replay(copy, output, temperature=heat) for output in self._said])
             changed = copy.options() != self.drafter.options()
             self.drafter.take_options(copy)

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
     from outpace.drafters.base import Context
     from outpace.drafters.growth import Draws
+    from outpace.drafters.heads import DraftHead
 
 
 class DraftKey(NamedTuple):
@@ -42,12 +43,13 @@ class DeviceDraft(ABC):
 
     Attributes:
         depth: deepest token of a draft. nodes: nodes of every draft, the same in all rounds.
-        coupling: see `growth.Draws`; None where the path's numbers are not looked at.
+        coupling: see `growth.Draws`; None where the path's numbers are not looked at. head: whose ids they are for.
     """
 
     depth: int
     nodes: int
     coupling: float | None
+    head: DraftHead
 
     @abstractmethod
     def join(self, context: Context, batch: int) -> None:

@@ -43,7 +43,7 @@ class FollowingDraft(DeviceDraft):
     def __init__(self, drafter: FollowingDrafter) -> None:
         self.drafter = drafter
         self.depth, self.nodes = drafter.shape.depth, drafter.shape.width
-        self.coupling = drafter.coupling if drafter.draw == "path" else None
+        self.coupling, self.head = drafter.coupling if drafter.draw == "path" else None, drafter.module.head
         self.rows = min(self.depth, self.nodes) + 1  # most that a round can leave owed
         self._owed: dict[int, Owed] = {}
         self._batch = 0

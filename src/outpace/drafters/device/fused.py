@@ -312,17 +312,19 @@ class _Run:
         tiles = triton.cdiv(vocabulary, tile)
         peaks, sums = (self.room(rows, tiles, dtype=torch.float32) for _ in range(2))
         best, ids = self.room(rows, tiles, k, dtype=torch.float32), self.room(rows, tiles, k, dtype=torch.int32)
-        heat = draws.temperature if draws is not None else None
-        common: dict[str, Any] = {"K": k, "BLOCK": tile, "SAMPLED": draws is not None, "num_warps": 4, **self.early()}
+        looked_up = draws.looked_up if draws is not None else None
+        u, race = (draws.u, draws.race) if draws is not None else (None, None)
+        common: dict[str, Any] = {"K": k, "BLOCK": tile, "SAMPLED": u is not None, "num_warps": 4, **self.early()}
         kernels.tiles_kernel[(rows, tiles)](
-            logits, peaks, sums, best, ids, heat, rows // self.batch, vocabulary, tiles, **common
-        )
+            logits, peaks, sums, best, ids, draws.temperature if draws is not None else None, race, looked_up,
+            rows // self.batch, vocabulary, tiles, depth - 1, self.tree.depth, RACED=race is not None, **common,
+        )  # fmt: skip
         kernels.births_kernel[(rows,)](
-            logits, peaks, sums, best, ids, heat, draws.u if draws is not None else None, plan.offsets, values, births,
-            self.tokens, self.parents, self.values, rows // self.batch, vocabulary, tiles, self.tree.born,
-            self.start(depth), depth - 1, self.tree.depth, draws.coupling if draws is not None else 0.0,
-            WIDTH=triton.next_power_of_2(tiles), CHOICES=triton.next_power_of_2(tiles * k + 1), FIRST=values is None,
-            REDUCED=plan.offsets is not None, **common,
+            logits, peaks, sums, best, ids, looked_up, u, plan.offsets, values, births, self.tokens, self.parents,
+            self.values, rows // self.batch, vocabulary, tiles, self.tree.born, self.start(depth), depth - 1,
+            self.tree.depth, draws.coupling if draws is not None else 0.0, WIDTH=triton.next_power_of_2(tiles),
+            CHOICES=triton.next_power_of_2(tiles * k + 1), FIRST=values is None, REDUCED=plan.offsets is not None,
+            **common,
         )  # fmt: skip
 
     def start(self, depth: int) -> int:

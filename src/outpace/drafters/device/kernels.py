@@ -202,21 +202,31 @@ def top_kernel(
 
 @triton.jit
 def tiles_kernel(
-    LOGITS, PEAKS, SUMS, BEST, IDS, TEMPERATURE, PER, V, TILES,
-    K: tl.constexpr, BLOCK: tl.constexpr, SAMPLED: tl.constexpr, PDL: tl.constexpr,
+    LOGITS, PEAKS, SUMS, BEST, IDS, TEMPERATURE, RACE, LOOKED_UP, PER, V, TILES, step, steps,
+    K: tl.constexpr, BLOCK: tl.constexpr, SAMPLED: tl.constexpr, RACED: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Of one tile of a row: the largest logit, the sum of exp((logit - largest) / temperature), the K best tokens."""
+    """Of one tile of a row: the largest logit, the sum of exp((logit - largest) / temperature), the K best tokens.
+
+    RACED: where Gumbel noise RACE[request, step] decides, logit / temperature + noise stands for the logit, at
+    temperature one.
+    """
     row = tl.program_id(0)
     tile = tl.program_id(1)
     enter_kernel(PDL)
     at = tile * BLOCK + tl.arange(0, BLOCK)
     inside = at < V
     logits = tl.load(LOGITS + row.to(tl.int64) * V + at, mask=inside, other=float("-inf")).to(tl.float32)
+    heat = 1.0
+    if SAMPLED or RACED:
+        given = tl.load(LOOKED_UP + row // PER)
+        heat = tl.where(given > 0, given, 1.0)
+    if RACED:
+        hot = tl.load(TEMPERATURE + row // PER)
+        if (hot > 0) & (given <= 0):
+            place = ((row // PER) * steps + step).to(tl.int64) * V
+            logits = logits / hot + tl.load(RACE + place + at, mask=inside, other=0.0)
     peak = tl.max(logits, 0)
-    weight = logits - peak
-    if SAMPLED:
-        heat = tl.load(TEMPERATURE + row // PER)
-        weight = weight / tl.where(heat > 0, heat, 1.0)
+    weight = (logits - peak) / heat
     spot = row * TILES + tile
     tl.store(PEAKS + spot, peak)
     tl.store(SUMS + spot, tl.sum(tl.where(inside, tl.exp(weight), 0.0), 0))
@@ -232,15 +242,15 @@ def tiles_kernel(
 
 @triton.jit
 def births_kernel(
-    LOGITS, PEAKS, SUMS, BEST, IDS, TEMPERATURE, U, OFFSETS, VALUES, BIRTHS, BORN_TOKENS, BORN_PARENTS, BORN_VALUES,
+    LOGITS, PEAKS, SUMS, BEST, IDS, LOOKED_UP, U, OFFSETS, VALUES, BIRTHS, BORN_TOKENS, BORN_PARENTS, BORN_VALUES,
     PER, V, TILES, born, start, step, steps, coupling,
     K: tl.constexpr, BLOCK: tl.constexpr, WIDTH: tl.constexpr, CHOICES: tl.constexpr, FIRST: tl.constexpr,
     SAMPLED: tl.constexpr, REDUCED: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """The K best children of one row, best first, at births `start + K * (row of the request)` on.
 
-    SAMPLED: the token that the row's law gives at the path's number U[request, step] counts as `coupling` more
-    probable; it has a place of its own among the choices, behind those of the tiles.
+    SAMPLED: where a number is looked up, the token that the row's law gives at U[request, step] counts as `coupling`
+    more probable; it has a place of its own among the choices, behind those of the tiles.
     """
     row = tl.program_id(0)
     request = row // PER
@@ -252,7 +262,7 @@ def births_kernel(
     peak = tl.max(peaks, 0)
     heat = 1.0
     if SAMPLED:
-        given = tl.load(TEMPERATURE + request)
+        given = tl.load(LOOKED_UP + request)
         heat = tl.where(given > 0, given, 1.0)
     sums = tl.where(there, sums * tl.exp((peaks - peak) / heat), 0.0)
     total = tl.sum(sums, 0)

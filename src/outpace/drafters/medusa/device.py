@@ -34,7 +34,7 @@ class MedusaDraft(DeviceDraft):
     def __init__(self, drafter: Medusa) -> None:
         self.drafter = drafter
         self.depth, self.nodes = drafter.tree.depth, drafter.tree.width
-        self.coupling = drafter.coupling if drafter.draw == "path" else None
+        self.coupling, self.head = drafter.coupling if drafter.draw == "path" else None, drafter.module.head
         self._states: dict[int, _States] = {}
         self._batch = 0
         self._requests: list[RequestContext] = []

@@ -8,7 +8,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 
-from outpace.drafters.ahead import numbers_ahead
+from outpace.drafters.ahead import draws_ahead
 from outpace.drafters.base import Context, Needs, RequestContext
 from outpace.drafters.calibrate import count_ranks, path_values
 from outpace.drafters.follower import GuessMode
@@ -211,13 +211,7 @@ class Medusa(LearnedDrafter):
         return grow_ranked(self.module(states, self.tree.depth), self.module.head, self.tree, draws)
 
     def _draws(self, requests: Sequence[RequestContext]) -> Draws | None:
-        found = [numbers_ahead(request, self.heads) if self.draw == "path" else None for request in requests]
-        if not any(found):
-            return None
-        device = self.target.device
-        u = torch.tensor([numbers or [0.0] * self.heads for numbers in found], device=device)
-        warm = [r.sampler.settings.temperature if n else 0.0 for r, n in zip(requests, found, strict=True)]
-        return Draws(u, torch.tensor(warm, device=device), self.coupling)
+        return draws_ahead(requests, self.heads, self.module.head, self.coupling) if self.draw == "path" else None
 
 
 def _dtype(module: torch.nn.Module) -> torch.dtype:

@@ -242,6 +242,7 @@ class Ptp(LearnedDrafter):
             top_k=self.top_k or None,
             top_p=self.top_p if self.top_p < 1 else None,
             min_p=self.min_p or None,
+            noise="uniform",
         )
 
     @property
@@ -250,9 +251,9 @@ class Ptp(LearnedDrafter):
         return self.module.adapter if self._fitted is not None else None
 
     @property
-    def evaluation_temperature(self) -> float:
-        """The preset's, or 1 where slots are told any."""
-        return 1.0 if self.any_temperature else self.temperature
+    def evaluation(self) -> Settings:
+        """The preset, at temperature 1 where slots are told any."""
+        return self.preset.replace(temperature=1.0) if self.any_temperature else self.preset
 
     @property
     def training_taps(self) -> frozenset[str]:

@@ -12,11 +12,13 @@ import torch
 import triton
 import triton.language as tl
 
-from outpace.engine.device.kernels import path_number
+from outpace.engine.device.kernels import gumbel_of, gumbel_words, path_number
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from outpace.drafters.heads import DraftHead
+    from outpace.engine.device.kernels import Keys
     from outpace.target.fast.forward import Inputs
 
 WIDEST: Final = 128  # rows a tree can be laid into: one program holds who sees whom
@@ -30,6 +32,28 @@ def _numbers_kernel(SEEDS, REQUESTS, LENGTHS, U, DEPTH, BLOCK: tl.constexpr):
     position = tl.load(LENGTHS + request) + 1 + ahead
     u = path_number(tl.load(SEEDS + request), tl.load(REQUESTS + request), position)
     tl.store(U + request * DEPTH + ahead, u.to(tl.float32), mask=ahead < DEPTH)
+
+
+@triton.jit
+def _race_kernel(
+    SEEDS, REQUESTS, KINDS, LENGTHS, TEMPERATURE, OFFSETS, RACE, DEPTH, V, BLOCK: tl.constexpr, REDUCED: tl.constexpr
+):  # fmt: skip
+    """Gumbel noise of one tile of draft ids at one position ahead; zero for requests that it does not decide."""
+    request = tl.program_id(0)
+    ahead = tl.program_id(1)
+    at = tl.program_id(2) * BLOCK + tl.arange(0, BLOCK)
+    inside = at < V
+    noise = tl.zeros([BLOCK], tl.float32)
+    if (tl.load(KINDS + request) > 0) & (tl.load(TEMPERATURE + request) > 0):
+        ids = at.to(tl.int64)
+        if REDUCED:
+            ids += tl.load(OFFSETS + at, mask=inside, other=0)
+        x0, x1, x2, x3 = gumbel_words(
+            tl.load(SEEDS + request), tl.load(REQUESTS + request), tl.load(LENGTHS + request) + 1 + ahead, ids >> 2
+        )
+        word = ids & 3
+        noise = gumbel_of(tl.where(word == 0, x0, tl.where(word == 1, x1, tl.where(word == 2, x2, x3))))
+    tl.store(RACE + (request * DEPTH + ahead).to(tl.int64) * V + at, noise, mask=inside)
 
 
 @triton.jit
@@ -85,14 +109,28 @@ def _lay_kernel(
         tl.store(BITS + (corner + spare) * WORDS + word, alone, mask=unused)
 
 
-def numbers_ahead(seeds: Tensor, requests: Tensor, lengths: Tensor, depth: int) -> Tensor:
+def race_ahead(keys: Keys, temperature: Tensor, lengths: Tensor, depth: int, head: DraftHead) -> Tensor:
+    """The Gumbel noise of the positions a draft is for, [B, depth, Vd] float32, as `drafters.ahead.race_ahead`.
+
+    Zero for requests whose tokens it does not decide. lengths: [B] int64, positions of the roots.
+    """
+    batch, block = lengths.shape[0], 1024
+    race = torch.empty(batch, depth, head.size, dtype=torch.float32, device=lengths.device)
+    _race_kernel[(batch, depth, triton.cdiv(head.size, block))](
+        keys.seeds, keys.requests, keys.kinds, lengths, temperature, head.offsets, race, depth, head.size, BLOCK=block,
+        REDUCED=head.reduced, num_warps=4,
+    )  # fmt: skip
+    return race
+
+
+def numbers_ahead(keys: Keys, lengths: Tensor, depth: int) -> Tensor:
     """The path's numbers of the positions a draft is for, [B, depth] float32, as `drafters.ahead.numbers_ahead`.
 
-    seeds, requests: [B] int64, bit patterns of the unsigned keys; lengths: [B] int64, positions of the roots.
+    lengths: [B] int64, positions of the roots.
     """
     u = torch.empty(lengths.shape[0], depth, dtype=torch.float32, device=lengths.device)
     _numbers_kernel[(lengths.shape[0],)](
-        seeds, requests, lengths, u, depth, BLOCK=triton.next_power_of_2(depth), num_warps=1
+        keys.seeds, keys.requests, lengths, u, depth, BLOCK=triton.next_power_of_2(depth), num_warps=1
     )
     return u
 

@@ -2,7 +2,8 @@
 
 The law is `laws.warp`'s for requests without truncation and history: softmax of logits over temperature in float32, its
 cumulated sum in float64, the path's number from Philox. The sums run in another order than torch's, so a draw within
-about 1e-7 of an edge of its interval may fall on the other side; greedy choices are the same outright.
+about 1e-7 of an edge of its interval may fall on the other side; greedy choices are the same outright. Gumbel noise is
+added in float32, whose last digits may differ from torch's.
 """
 
 # Triton's language is its own: arguments have no Python types, and constants are written in capitals.
@@ -11,7 +12,7 @@ about 1e-7 of an edge of its interval may fall on the other side; greedy choices
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 import torch
 import triton
@@ -34,27 +35,62 @@ def path_number(seed, identity, position):  # noqa: ANN201  # Triton's language
 
 
 @triton.jit
-def _peaks_kernel(LOGITS, PEAKS, IDS, SUMS, TEMPERATURE, R, V, TILES, BLOCK: tl.constexpr, SAMPLED: tl.constexpr):
-    """Largest logit of a tile, its lowest id, and (if sampled) the sum of exp((logit - largest) / temperature)."""
+def gumbel_words(seed, identity, position, counter):  # noqa: ANN201  # Triton's language
+    """The four words behind the Gumbel noise of ids 4 * counter to 4 * counter + 3: `laws.Noise.gumbel`."""
+    place = counter.to(tl.uint32) * 0 + position.to(tl.uint32)
+    low = (identity & 0xFFFFFFFF).to(tl.uint32) + place * 0
+    high = ((identity >> 32) & 0xFFFFFFFF).to(tl.uint32) + place * 0
+    return tl.philox(seed, place, low, high, counter.to(tl.uint32) | 0x40000000)
+
+
+@triton.jit
+def gumbel_of(word):  # noqa: ANN201  # Triton's language
+    """`laws.noise.gumbel_of`: log1p is made of log, exact where 1 - w was rounded."""
+    w = tl.minimum((word.to(tl.float32) + 0.5) * 2.3283064365386963e-10, 0.99999994)
+    left = 1.0 - w
+    lost = 1.0 - left
+    return -tl.log(tl.where(lost > 0, -tl.log(left) * (w / tl.where(lost > 0, lost, 1.0)), w))
+
+
+@triton.jit
+def _peaks_kernel(
+    LOGITS, PEAKS, IDS, SUMS, TEMPERATURE, KINDS, SEEDS, REQUESTS, POSITIONS, R, V, TILES,
+    BLOCK: tl.constexpr, SAMPLED: tl.constexpr, RACED: tl.constexpr,
+):  # fmt: skip
+    """Largest logit of a tile, its lowest id, and (if sampled) the sum of exp((logit - largest) / temperature).
+
+    RACED: where the request's tokens are decided by Gumbel noise, logit / temperature + noise stands for the logit.
+    """
     row = tl.program_id(0)
     tile = tl.program_id(1)
+    request = row // R
     at = tile * BLOCK + tl.arange(0, BLOCK)
     inside = at < V
     logits = tl.load(LOGITS + row.to(tl.int64) * V + at, mask=inside, other=float("-inf")).to(tl.float32)
+    looked_up = True
+    if RACED:
+        looked_up = tl.load(KINDS + request) == 0
+        if not looked_up:
+            x0, x1, x2, x3 = gumbel_words(
+                tl.load(SEEDS + request), tl.load(REQUESTS + request), tl.load(POSITIONS + row) + 1,
+                tile * (BLOCK // 4) + tl.arange(0, BLOCK // 4),
+            )  # fmt: skip
+            words = tl.interleave(tl.interleave(x0, x2), tl.interleave(x1, x3))
+            logits = logits / tl.load(TEMPERATURE + request) + gumbel_of(words)
     peak = tl.max(logits, 0)
     tl.store(PEAKS + row * TILES + tile, peak)
     tl.store(IDS + row * TILES + tile, tl.min(tl.where((logits == peak) & inside, at, V), 0))
     if SAMPLED:
-        heat = tl.load(TEMPERATURE + row // R)
-        if heat > 0:
+        heat = tl.load(TEMPERATURE + request)
+        if (heat > 0) & looked_up:
             weight = tl.exp(logits / heat - peak / heat)
             tl.store(SUMS + row * TILES + tile, tl.sum(tl.where(inside, weight, 0.0).to(tl.float64), 0))
 
 
 @triton.jit
 def _choose_kernel(
-    LOGITS, PEAKS, IDS, SUMS, TEMPERATURE, SEEDS, REQUESTS, POSITIONS, CHOSEN, R, V, TILES,
-    BLOCK: tl.constexpr, WIDTH: tl.constexpr, SAMPLED: tl.constexpr,
+    LOGITS, PEAKS, IDS, SUMS, TEMPERATURE, KINDS, SEEDS, REQUESTS, POSITIONS, CHOSEN, R, V, TILES,
+    BLOCK: tl.constexpr, WIDTH: tl.constexpr, SAMPLED: tl.constexpr, RACED: tl.constexpr,
 ):  # fmt: skip
     """The token of the path at one row: arg-max, or the draw with the number of the position behind the row's."""
     row = tl.program_id(0)
@@ -65,10 +101,14 @@ def _choose_kernel(
     ids = tl.load(IDS + row * TILES + tiles, mask=there, other=V)
     chosen = tl.min(tl.where(peaks == peak, ids, V), 0).to(tl.int64)
     chosen = tl.where(chosen < V, chosen, -1)  # NaN: no largest
+    request = row // R
+    looked_up = True
+    if RACED:
+        looked_up = tl.load(KINDS + request) == 0
+        chosen = tl.where(looked_up | (peak > float("-inf")), chosen, -1)
     if SAMPLED:
-        request = row // R
         heat = tl.load(TEMPERATURE + request)
-        if heat > 0:
+        if (heat > 0) & looked_up:
             lift = tl.exp(peaks / heat - peak / heat).to(tl.float64)
             sums = tl.load(SUMS + row * TILES + tiles, mask=there, other=0.0)
             sums = tl.where(there & (lift > 0), sums * lift, 0.0)
@@ -139,6 +179,21 @@ def _advance_kernel(EMITTED, COUNTS, ROOM, TOKENS, POSITIONS, LENGTHS, R, WIDTH)
     tl.store(POSITIONS + request * R, length)
 
 
+class Chance(NamedTuple):
+    """What decides tokens of a batch: numbers looked up in a law, Gumbel noise; neither where all is greedy."""
+
+    uniform: bool
+    gumbel: bool
+
+
+class Keys(NamedTuple):
+    """Of each request, [B] int64 each: seed and identity (bit patterns), and 1 where Gumbel noise decides."""
+
+    seeds: Tensor
+    requests: Tensor
+    kinds: Tensor
+
+
 class Chooser:
     """Room for choosing tokens at M rows of a vocabulary, and the choice itself."""
 
@@ -149,23 +204,22 @@ class Chooser:
         self.sums = torch.empty(rows, self.tiles, dtype=torch.float64, device=device)
         self.chosen = torch.empty(rows, dtype=torch.int64, device=device)
 
-    def __call__(
-        self, logits: Tensor, temperature: Tensor, seeds: Tensor, requests: Tensor, positions: Tensor, *, sampled: bool
-    ) -> Tensor:
+    def __call__(self, logits: Tensor, temperature: Tensor, keys: Keys, positions: Tensor, *, chance: Chance) -> Tensor:
         """Tokens [B * R] of the path at every row; -1 where the logits give no law.
 
-        logits: [B, R, V] contiguous; temperature: [B] float32, 0 for greedy; seeds, requests: [B] int64 (bit patterns
-        of the unsigned keys); positions: [B * R] int64 of the rows.
+        logits: [B, R, V] contiguous; temperature: [B] float32, 0 for greedy; keys: of the requests; positions:
+        [B * R] int64 of the rows; chance: what may decide a token of these requests.
         """
         batch, rows, vocabulary = logits.shape
         grid = (batch * rows, self.tiles)
         _peaks_kernel[grid](
-            logits, self.peaks, self.ids, self.sums, temperature, rows, vocabulary, self.tiles, BLOCK=_TILE,
-            SAMPLED=sampled, num_warps=4,
+            logits, self.peaks, self.ids, self.sums, temperature, keys.kinds, keys.seeds, keys.requests, positions,
+            rows, vocabulary, self.tiles, BLOCK=_TILE, SAMPLED=chance.uniform, RACED=chance.gumbel, num_warps=4,
         )  # fmt: skip
         _choose_kernel[(batch * rows,)](
-            logits, self.peaks, self.ids, self.sums, temperature, seeds, requests, positions, self.chosen, rows,
-            vocabulary, self.tiles, BLOCK=_TILE, WIDTH=triton.next_power_of_2(self.tiles), SAMPLED=sampled, num_warps=4,
+            logits, self.peaks, self.ids, self.sums, temperature, keys.kinds, keys.seeds, keys.requests, positions,
+            self.chosen, rows, vocabulary, self.tiles, BLOCK=_TILE, WIDTH=triton.next_power_of_2(self.tiles),
+            SAMPLED=chance.uniform, RACED=chance.gumbel, num_warps=4,
         )  # fmt: skip
         return self.chosen
 

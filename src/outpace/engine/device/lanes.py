@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Final
 import torch
 
 from outpace.engine.device.drafts import NO_ROOM
-from outpace.engine.device.kernels import EMITTED_EXTRA, Chooser
+from outpace.engine.device.kernels import EMITTED_EXTRA, Chance, Chooser, Keys
 from outpace.laws import NoiseDice
 
 if TYPE_CHECKING:
@@ -58,8 +58,7 @@ class Lane:
 
     Attributes:
         emitted: [B, R + 4] int64, see `kernels.walk`. path: [B, R], counts: [B] int64.
-        temperature: [B] float32. seeds, requests: [B] int64, the keys of the noise. room: [B] int64, how deep the next
-            draft may be.
+        temperature: [B] float32. keys: of the noise. room: [B] int64, how deep the next draft may be.
     """
 
     def __init__(self, batch: int, rows: int, vocabulary: int, device: torch.device) -> None:
@@ -69,23 +68,25 @@ class Lane:
         self.path = torch.zeros(batch, rows, **longs)
         self.counts = torch.zeros(batch, **longs)
         self.temperature = torch.zeros(batch, dtype=torch.float32, device=device)
-        self._words = torch.zeros(3, batch, **longs)
-        self.seeds, self.requests, self.room = self._words.unbind()
+        self._words = torch.zeros(4, batch, **longs)
+        seeds, names, kinds, self.room = self._words.unbind()
+        self.keys = Keys(seeds, names, kinds)
         self.results = [host_tensor(self.emitted) for _ in range(AHEAD + 2)]
         self.turn = 0
 
-    def load(self, requests: Sequence[RequestContext]) -> bool:
-        """Put the requests' laws and limits on the device; returns whether any of them samples."""
+    def load(self, requests: Sequence[RequestContext]) -> Chance:
+        """Put the requests' laws and limits on the device; returns what decides their tokens."""
         spare = self.counts.shape[0] - len(requests)
         heats = [r.sampler.settings.temperature for r in requests]
-        dice = [r.sampler.dice for r in requests]
-        seeds = [_signed(d.noise.seed) for d in dice if isinstance(d, NoiseDice)]
-        names = [_signed(d.request) for d in dice if isinstance(d, NoiseDice)]
+        dice = [d for d in (r.sampler.dice for r in requests) if isinstance(d, NoiseDice)]
+        seeds, names = [_signed(d.noise.seed) for d in dice], [_signed(d.request) for d in dice]
+        kinds = [int(heat > 0 and d.kind == "gumbel") for d, heat in zip(dice, heats, strict=True)]
         room = [r.depth_limit if r.speculate else NO_ROOM for r in requests]
         pad = [0] * spare
         self.temperature.copy_(torch.tensor([*heats, *pad], dtype=torch.float32), non_blocking=True)
-        self._words.copy_(torch.tensor([[*seeds, *pad], [*names, *pad], [*room, *([NO_ROOM] * spare)]]))
-        return any(heats)
+        self._words.copy_(torch.tensor([[*seeds, *pad], [*names, *pad], [*kinds, *pad], [*room, *([NO_ROOM] * spare)]]))
+        looked_up = any(heat > 0 and not kind for heat, kind in zip(heats, kinds, strict=True))
+        return Chance(looked_up, any(kinds))
 
     def next_result(self) -> Tensor:
         """Where the host will find what the coming round emits."""

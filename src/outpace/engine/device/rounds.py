@@ -23,8 +23,8 @@ from weakref import WeakKeyDictionary
 import torch
 
 from outpace.drafters.growth import Draws
-from outpace.engine.device.drafts import WIDEST, lay, numbers_ahead
-from outpace.engine.device.kernels import advance, walk
+from outpace.engine.device.drafts import WIDEST, lay, numbers_ahead, race_ahead
+from outpace.engine.device.kernels import Chance, advance, walk
 from outpace.engine.device.lanes import AHEAD, Course, Flight, Lane, fill, host_tensor
 from outpace.engine.round import Outcome, Played, Timing, drafted_trees, record
 from outpace.errors import LawError
@@ -58,7 +58,7 @@ class DeviceRounds:
         self._drafts: WeakKeyDictionary[DeviceDraft, dict[Any, Captured]] = WeakKeyDictionary()
         self._flying: deque[Flight] = deque()
         self._course: Course | None = None
-        self._sampled = False
+        self._chance = Chance(False, False)
 
     @staticmethod
     def serves(drafter: Drafter | None) -> bool:
@@ -168,7 +168,7 @@ class DeviceRounds:
         if changed:
             self.forget()
             draft.join(context, batch)
-            self._sampled = lane.load(requests)
+            self._chance = lane.load(requests)
             lengths = cache.lengths[: len(requests)]
             tokens = [[r.root, *([0] * (rows - 1))] for r in requests]
             self._upload(inputs, tokens, [[-2] * rows] * len(requests), [[n] * rows for n in lengths], lengths)
@@ -187,7 +187,7 @@ class DeviceRounds:
         lengths = cache.lengths[: len(requests)]
         if not self._flying or self._course is None or not self._course.serves(requests, None) or rows > 1:
             self.forget()
-            self._sampled = lane.load(requests)
+            self._chance = lane.load(requests)
             tokens, parents, positions = [], [], []
             for request, tree, length in zip(requests, trees, lengths, strict=True):
                 pad = rows - 1 - len(tree)
@@ -251,7 +251,7 @@ class DeviceRounds:
     def _draft_graph(self, draft: DeviceDraft, inputs: Inputs, lane: Lane) -> Captured:
         key = draft.reserve(len(self._flying))
         graphs = self._drafts.setdefault(draft, {})
-        shape = (key, id(inputs), self._sampled)
+        shape = (key, id(inputs), self._chance)
         if shape not in graphs:
             for old in [k for k in graphs if k[0].generation != key.generation]:
                 del graphs[old]
@@ -264,13 +264,19 @@ class DeviceRounds:
         return graphs[shape]
 
     def _draft_work(self, draft: DeviceDraft, key: DraftKey, inputs: Inputs, lane: Lane) -> Callable[..., None]:
-        sampled, vocabulary = self._sampled, self.fast.plan.vocabulary
+        chance, vocabulary = self._chance, self.fast.plan.vocabulary
 
         def work(*, warm: bool) -> None:
             draws = None
-            if sampled and draft.coupling is not None:
-                u = numbers_ahead(lane.seeds, lane.requests, inputs.lengths, draft.depth)
-                draws = Draws(u, lane.temperature, draft.coupling)
+            if any(chance) and draft.coupling is not None:
+                where = inputs.lengths, draft.depth
+                draws = Draws(
+                    lane.temperature,
+                    race_ahead(lane.keys, lane.temperature, *where, draft.head) if chance.gumbel else None,
+                    numbers_ahead(lane.keys, *where) if chance.uniform else None,
+                    lane.temperature.masked_fill(lane.keys.kinds > 0, 0.0) if chance.gumbel else lane.temperature,
+                    draft.coupling,
+                )
             tokens, parents = draft.draft(key, inputs.batch, draws, warm=warm)
             lay(tokens, parents, draft.depth, lane.room, vocabulary, inputs)
 
@@ -281,18 +287,16 @@ class DeviceRounds:
     ) -> Captured:
         logits: Tensor = outputs.logits
         graphs = self._walks.setdefault(cache, {})
-        key = (cache.generation, id(inputs), logits.data_ptr(), self._sampled, draft)
+        key = (cache.generation, id(inputs), logits.data_ptr(), self._chance, draft)
         if key not in graphs:
             for old in [k for k in graphs if k[0] != cache.generation]:
                 del graphs[old]
-            table, like, sampled = cache.table(), cache.tensors()[0][0], self._sampled
+            table, like, chance = cache.table(), cache.tensors()[0][0], self._chance
 
             def work(
                 emitted: Tensor, path: Tensor, counts: Tensor, keep: Tensor, room: Tensor, ahead: Inputs, *, warm: bool
             ) -> None:
-                chosen = lane.chooser(
-                    logits, lane.temperature, lane.seeds, lane.requests, ahead.positions, sampled=sampled
-                )
+                chosen = lane.chooser(logits, lane.temperature, lane.keys, ahead.positions, chance=chance)
                 walk(ahead.tokens, ahead.parents, ahead.positions, chosen, emitted, path, counts)
                 if inputs.main > 1:
                     keep_entries(table, like, path, keep, ahead.lengths, ahead.slots)
