@@ -88,8 +88,8 @@ class Block:
     ) -> Block:
         """Consecutive tokens behind `lengths` cached ones; shorter rows are padded with rows that are not used."""
         width = max(len(row) for row in tokens)
-        padded = torch.tensor([[*row, *([0] * (width - len(row)))] for row in tokens], device=device)
-        start = torch.tensor(lengths, device=device)[:, None]
+        padded = torch.tensor([[*row, *([0] * (width - len(row)))] for row in tokens]).to(device, non_blocking=True)
+        start = torch.tensor(lengths).to(device, non_blocking=True)[:, None]
         return cls(padded, start + torch.arange(width, device=device), None, None, first)
 
     @classmethod

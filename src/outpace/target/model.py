@@ -416,7 +416,7 @@ class Target:
             cache.commit([range(len(chunk))])
             for name, value in read.taps.items():
                 parts.setdefault(name, []).append(value)
-        return {name: torch.cat(values, 1) for name, values in parts.items()}
+        return {name: torch.cat(values, 1) if len(values) > 1 else values[0] for name, values in parts.items()}
 
 
 def _checked_path(path: str) -> PathName:

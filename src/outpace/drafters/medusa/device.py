@@ -59,7 +59,7 @@ class MedusaDraft(DeviceDraft):
             if state is not None:
                 held.left[b] = state
         self._there = [state is not None for state in found]
-        held.there.copy_(torch.tensor([*self._there, *([False] * (batch - len(found)))])[:, None])
+        held.there.copy_(torch.tensor([*self._there, *([False] * (batch - len(found)))])[:, None], non_blocking=True)
         self._batch, self._requests, self._consumed = batch, list(context.requests), False
 
     def reserve(self, ahead: int) -> DraftKey:

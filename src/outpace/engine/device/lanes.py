@@ -84,7 +84,8 @@ class Lane:
         room = [r.depth_limit if r.speculate else NO_ROOM for r in requests]
         pad = [0] * spare
         self.temperature.copy_(torch.tensor([*heats, *pad], dtype=torch.float32), non_blocking=True)
-        self._words.copy_(torch.tensor([[*seeds, *pad], [*names, *pad], [*kinds, *pad], [*room, *([NO_ROOM] * spare)]]))
+        words = [[*seeds, *pad], [*names, *pad], [*kinds, *pad], [*room, *([NO_ROOM] * spare)]]
+        self._words.copy_(torch.tensor(words), non_blocking=True)
         looked_up = any(heat > 0 and not kind for heat, kind in zip(heats, kinds, strict=True))
         return Chance(looked_up, any(kinds))
 

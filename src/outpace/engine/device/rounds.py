@@ -113,6 +113,9 @@ class DeviceRounds:
             self.forget()
             raise
         flight = self._flying.popleft()
+        before = perf_counter()
+        flight.marks[0].synchronize()  # prompts are read behind the host's back: the round's own time begins here
+        prompts_ms = 1e3 * (perf_counter() - before)
         flight.marks[-1].synchronize()
         read = flight.emitted.tolist()
         outcomes, verdicts, walks = self._outcomes(read[: len(requests)], trees, stoppings)
@@ -124,8 +127,9 @@ class DeviceRounds:
             taken = {name: value[: len(requests)] for name, value in flight.taps.items()}
             drafter.observe(context, walks, Readout(None, None, taken))
         rounds = record(requests, outcomes, stoppings)
-        total_ms = 1e3 * (perf_counter() - started)
+        total_ms = 1e3 * (perf_counter() - started) - prompts_ms
         spans = [one.elapsed_time(two) for one, two in zip(flight.marks, flight.marks[1:], strict=False)]
+        timing.prefill_ms += prompts_ms
         timing.rounds += 1
         timing.draft_ms += drafted_ms + spans[0]
         timing.pass_ms += spans[1]
