@@ -5,6 +5,7 @@ import torch
 
 from drafters.learned import fresh
 from outpace import Engine
+from outpace.drafters import Context
 from outpace.drafters.eagle import Eagle, Eagle3
 from outpace.drafters.mtp import MTP, MTPHeads
 from outpace.train.features import read_taps
@@ -42,7 +43,7 @@ def test_the_cache_is_a_fresh_reading_of_true_features_after_every_round(name, m
             twin.cache.reserve(slots=1, capacity=drafter.cache.capacity)
             twin.cache.truncate(0, 0)
             features = torch.cat([taps[tap] for tap in drafter.module.taps], -1)[0, :rows]
-            twin._read({0: (features, tokens[1:])}, rows, 1)
+            twin._read(Context(target(), None), {0: (features, tokens[1:])}, rows, slots=[0])
             for ours, want in (
                 (drafter.cache.keys[:, seat, :, :rows], twin.cache.keys[:, 0, :, :rows]),
                 (drafter.cache.values[:, seat, :, :rows], twin.cache.values[:, 0, :, :rows]),
@@ -105,14 +106,14 @@ def test_the_drafter_is_read_in_one_pass_per_round(monkeypatch):
     widths = []
     read = drafter._read
 
-    def spy(rows, static, batch, **options):
-        widths.append((static, options.get("only")))
-        return read(rows, static, batch, **options)
+    def spy(context, rows, static, *, slots):
+        widths.append((static, slots))
+        return read(context, rows, static, slots=slots)
 
     monkeypatch.setattr(drafter, "_read", spy)
     engine = Engine(target(), drafter, stand_down=False)
     out = engine.generate([PROMPTS[0]], max_new_tokens=20, ignore_eos=True)[0]
-    assert widths[0] == (7, 0), "the prompt, alone"
-    reads = [width for width, only in widths if only is None]
+    assert widths[0] == (7, [0]), "the prompt, alone"
+    reads = [width for width, _ in widths[1:]]
     assert set(reads) <= {1, 2, 3, 4}, "no more rows than are owed, on a CPU"
     assert len(reads) <= out.rounds

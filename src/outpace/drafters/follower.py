@@ -28,11 +28,12 @@ from outpace.laws import Draft, Tree, Walk
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from outpace.drafters.device.contract import DeviceDraft
     from outpace.drafters.device.following import FollowingDraft
     from outpace.target import Readout, Target
 
 GuessMode = Literal["path", "greedy"]
+Rows = tuple["Tensor", list[int]]
+"""Features [n, taps * H], and the n tokens behind them."""
 PREFILL_CHUNK = 512  # rows of one reading of a prompt
 
 
@@ -72,7 +73,7 @@ class FollowingDrafter(LearnedDrafter):
         self.draw: GuessMode = draw
         self.coupling = coupling
         self.shape = self._tree("cpu")
-        self._pending: WeakKeyDictionary[RequestContext, list[tuple[Tensor, list[int]]]] = WeakKeyDictionary()
+        self._pending: WeakKeyDictionary[RequestContext, list[Rows]] = WeakKeyDictionary()
         self.needs = Needs(noise=draw == "path")  # and the taps, once the target is known
 
     def _tree(self, device: torch.device | str) -> Plan | FixedTree:
@@ -118,7 +119,7 @@ class FollowingDrafter(LearnedDrafter):
         self.shape = self._tree(target.device)
         self._device: FollowingDraft | None = None
 
-    def device_draft(self) -> DeviceDraft:
+    def device_draft(self) -> FollowingDraft:
         """The same drafts in captured rounds."""
         if self._device is None or not self._device.holds():
             from outpace.drafters.device.fused import device_draft
@@ -128,6 +129,8 @@ class FollowingDrafter(LearnedDrafter):
 
     def start(self, context: Context, request: RequestContext, taps: Mapping[str, Tensor]) -> None:
         """Read the prompt: features of all tokens but the root, each with the token behind it."""
+        if context.target.captured is not None:
+            self.device_draft().make_room(context.requests)  # all of it at once: what is captured holds for one place
         self.seats.update(context)
         seat = self.seats.requests.index(request)
         self.cache.truncate(seat, 0)
@@ -138,7 +141,7 @@ class FollowingDrafter(LearnedDrafter):
         tokens = request.tokens[1:]
         for begin in range(0, len(tokens), PREFILL_CHUNK):
             rows = slice(begin, begin + PREFILL_CHUNK)
-            self._read({seat: (features[rows], tokens[rows])}, len(tokens[rows]), seat + 1, only=seat)
+            self._read(context, {seat: (features[rows], tokens[rows])}, len(tokens[rows]), slots=[seat])
 
     def observe(self, context: Context, walks: Sequence[Walk], read: Readout) -> None:
         """Owe each request the rows of its accepted path."""
@@ -154,23 +157,25 @@ class FollowingDrafter(LearnedDrafter):
         """Read what is owed, grow a tree behind it."""
         self.seats.update(context)
         requests = self.seats.requests
-        self.read_owed()
+        self.read_owed(context)
         width = bucket(max(self.cache.lengths[: len(requests)]) + self.shape.scratch)
         self.cache.reserve(capacity=width)
         tokens, parents = self.grow(len(requests), width, self._draws(requests))
         return self._pack(context, tokens, parents)
 
-    def read_owed(self) -> None:
-        """Read what is owed to the requests that sit, in passes of static width."""
+    def read_owed(self, context: Context, *, beyond: int = 0) -> None:
+        """Read what is owed to requests that sit, where it is more than `beyond` rows, in passes of static width."""
         requests = self.seats.requests
-        owed = {seat: self._owed(request) for seat, request in enumerate(requests) if self._pending.get(request)}
+        owed = {seat: self.take_owed(request) for seat, request in enumerate(requests) if self.owes(request) > beyond}
         most = max((len(tokens) for _, tokens in owed.values()), default=0)
         static = self.shape.depth + 1
-        if self.target.device.type == "cpu":
-            static = max(1, min(static, most))  # where rows cost, and no graph asks for one width
+        if context.target.captured is not None:
+            static = max(static, PREFILL_CHUNK // max(1, len(owed)))
+        elif self.target.device.type == "cpu":
+            static = max(1, min(static, most))  # where rows cost
         for begin in range(0, most, static):
             now = {s: (f[begin : begin + static], t[begin : begin + static]) for s, (f, t) in owed.items()}
-            self._read({s: row for s, row in now.items() if row[1]}, static, len(requests))
+            self._read(context, {s: row for s, row in now.items() if row[1]}, static, slots=range(len(requests)))
 
     def grow(self, batch: int, width: int, draws: Draws | None) -> tuple[Tensor, Tensor]:
         """The tensor-only part of `propose`, after `growth.extend`: (tokens, parents) of the first `batch` seats."""
@@ -216,36 +221,47 @@ class FollowingDrafter(LearnedDrafter):
             for k, (nodes, parents, value) in zip(branches, joined, strict=True)
         ]
 
-    def _owed(self, request: RequestContext) -> tuple[Tensor, list[int]]:
+    def owes(self, request: RequestContext) -> int:
+        """Rows that are owed to a request."""
+        return sum(len(tokens) for _, tokens in self._pending.get(request, ()))
+
+    def take_owed(self, request: RequestContext) -> Rows:
+        """What is owed to a request, which is nothing afterwards; there has to be something."""
         parts = self._pending[request]
         self._pending[request] = []
         return torch.cat([features for features, _ in parts]), [token for _, tokens in parts for token in tokens]
 
-    def _read(
-        self, rows: Mapping[int, tuple[Tensor, list[int]]], static: int, batch: int, *, only: int | None = None
-    ) -> None:
-        """Extend the first `batch` seats by the rows given, padded to `static`; `only`: a single seat, alone."""
+    def _read(self, context: Context, rows: Mapping[int, Rows], static: int, *, slots: Sequence[int]) -> None:
+        """Extend seats by the rows given, captured where the target's passes are.
+
+        Elsewhere, all of `slots` (the first seats, or others) by `static` rows each, of which some may be padding.
+        """
         if not rows:
             return
-        device, dtype = self.cache.top.device, self.cache.top.dtype
+        fast = context.target.captured
+        if fast is not None:
+            self.device_draft().read(fast, rows)
+            return
+        cache, device, dtype = self.cache, self.cache.top.device, self.cache.top.dtype
         size = next(iter(rows.values()))[0].shape[-1]
-        features = torch.zeros(batch, static, size, device=device, dtype=dtype)
-        tokens = [[0] * static for _ in range(batch)]
-        counts = [0] * batch
-        for seat, (feature, ids) in rows.items():
-            features[seat, : len(ids)] = feature.to(dtype)
-            tokens[seat][: len(ids)] = ids
-            counts[seat] = len(ids)
-        cache, first = self.cache, 0
-        width = bucket(max(self.cache.lengths[:batch]) + static)
-        self.cache.reserve(capacity=width)
-        if only is not None:
-            first, cache = only, self.cache.seat(only)
+        features = torch.zeros(len(slots), static, size, device=device, dtype=dtype)
+        tokens = [[0] * static for _ in slots]
+        counts = [0] * len(slots)
+        for b, slot in enumerate(slots):
+            if slot in rows:
+                feature, ids = rows[slot]
+                features[b, : len(ids)] = feature.to(dtype)
+                tokens[b][: len(ids)] = ids
+                counts[b] = len(ids)
+        width = bucket(max(cache.lengths[slot] for slot in slots) + static)
+        cache.reserve(capacity=width)
+        first = list(slots) == list(range(len(slots)))
         extend(
-            self.module, self.target.embed, cache, features[first:],
-            torch.tensor(tokens[first:], device=device), torch.tensor(counts[first:], device=device), width,
+            self.module, self.target.embed, cache, features, torch.tensor(tokens, device=device),
+            torch.tensor(counts, device=device), width, None if first else torch.tensor(slots, device=device),
         )  # fmt: skip
-        self.cache.advance(counts)
+        for slot, count in zip(slots, counts, strict=True):
+            cache.lengths[slot] += count
 
     def _draws(self, requests: Sequence[RequestContext]) -> Draws | None:
         """What decides the positions ahead, where somebody samples."""

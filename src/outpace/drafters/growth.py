@@ -112,24 +112,36 @@ def children(logits: Tensor, count: int, draws: Draws | None = None, depth: int 
 
 
 def extend(
-    net: RowNet, embed: Embed, cache: RowCache, features: Tensor, tokens: Tensor, count: Tensor, width: int
+    net: RowNet,
+    embed: Embed,
+    cache: RowCache,
+    features: Tensor,
+    tokens: Tensor,
+    count: Tensor,
+    width: int,
+    slots: Tensor | None = None,
 ) -> None:
     """Read rows of verified features and keep them; `cache.top` then predicts the first drafted token.
 
     features: [B, W, taps * H]; tokens: [B, W] int64, the token after each feature; count: [B] int64, how many rows of
-    each request are real (0 leaves the request as it was); width: entries attention reads.
+    each request are real (0 leaves the request as it was); width: entries attention reads; slots: [B] int64, where the
+    requests sit, each elsewhere; None: in the first B.
     """
     batch, rows = tokens.shape
-    at = cache.at[:batch]
+    at = cache.at[:batch] if slots is None else cache.at[slots]
     sees = torch.ones(rows, rows, dtype=torch.bool, device=at.device).tril().expand(batch, -1, -1)
     embedded = embed(tokens)
     z = net.fuse(features)
     mask = visible(at, sees, width, z.dtype)
     cos, sin = net.rotary(at[:, None] + torch.arange(rows, device=at.device))
-    y = net(embedded, z, cos, sin, behind(cache, at, 0, mask, width))
-    last = y.gather(1, (count - 1).clamp_min(0)[:, None, None].expand(-1, 1, y.shape[2]))[:, 0]
-    cache.top[:batch] = torch.where(count[:, None] > 0, last.to(cache.top.dtype), cache.top[:batch])
-    cache.at[:batch] += count
+    y = net(embedded, z, cos, sin, behind(cache, at, 0, mask, width, slots))
+    last = y.gather(1, (count - 1).clamp_min(0)[:, None, None].expand(-1, 1, y.shape[2]))[:, 0].to(cache.top.dtype)
+    if slots is None:
+        cache.top[:batch] = torch.where(count[:, None] > 0, last, cache.top[:batch])
+        cache.at[:batch] += count
+    else:
+        cache.top[slots] = torch.where(count[:, None] > 0, last, cache.top[slots])
+        cache.at[slots] = at + count
 
 
 def grow(

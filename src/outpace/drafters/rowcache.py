@@ -96,11 +96,6 @@ class RowCache:
         self.lengths[slot] = length
         self.at[slot] = length
 
-    def seat(self, slot: int) -> RowCache:
-        """One slot as a cache of its own, in the same memory; `lengths` stay with the whole."""
-        one = slice(slot, slot + 1)
-        return RowCache(self.keys[:, one], self.values[:, one], self.top[one], self.at[one], [])
-
     def advance(self, counts: list[int]) -> None:
         """Keep the rows just written, on the host's side (`extend` has moved `at`)."""
         for slot, count in enumerate(counts):
@@ -124,22 +119,25 @@ def visible(at: Tensor, sees: Tensor, width: int, dtype: torch.dtype) -> Tensor:
     return torch.zeros(seen.shape, dtype=dtype, device=at.device).masked_fill(~seen, float("-inf"))[:, None]
 
 
-def behind(cache: RowCache, at: Tensor, offset: int, mask: Tensor, width: int) -> Attend:
-    """Attention that writes its rows at entries at + offset.. of the first B slots and reads `width` entries.
+def behind(cache: RowCache, at: Tensor, offset: int, mask: Tensor, width: int, slots: Tensor | None = None) -> Attend:
+    """Attention that writes its rows at entries at + offset.. of B slots and reads `width` entries.
 
-    mask: [B, 1, R, width] additive.
+    mask: [B, 1, R, width] additive; slots: [B] int64, which they are; None: the first B, which are read in place.
     """
     batch, rows = at.shape[0], mask.shape[2]
-    slot = torch.arange(batch, device=at.device)[:, None]
+    slot = (torch.arange(batch, device=at.device) if slots is None else slots)[:, None]
     entry = at[:, None] + offset + torch.arange(rows, device=at.device)
 
+    def read(whole: Tensor) -> Tensor:
+        return whole[:batch, :, :width] if slots is None else whole[:, :, :width].index_select(0, slots)
+
     def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        keys, values = cache.keys[layer, :batch], cache.values[layer, :batch]
+        keys, values = cache.keys[layer], cache.values[layer]
         keys[slot, :, entry] = k
         values[slot, :, entry] = v
         tiled = tile(mask, q.shape[2] // k.shape[2])
         out, _ = grouped_attention(
-            _NO_MODULE, q.transpose(1, 2), keys[:, :, :width], values[:, :, :width], tiled, scaling=q.shape[-1] ** -0.5
+            _NO_MODULE, q.transpose(1, 2), read(keys), read(values), tiled, scaling=q.shape[-1] ** -0.5
         )
         return out
 

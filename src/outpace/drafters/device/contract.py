@@ -53,7 +53,7 @@ class DeviceDraft(ABC):
 
     @abstractmethod
     def join(self, context: Context, batch: int) -> None:
-        """Take over from the host: request b of the context is row b of the drafts to come; nothing is left owed.
+        """Take over from the host, with what it owes: request b of the context is row b of the drafts to come.
 
         batch: rows of a draft; those behind the context's requests are empty.
         """

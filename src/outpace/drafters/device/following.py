@@ -1,6 +1,7 @@
 """Drafters with a cache of rows, on the device: rows owed wait in static tensors, `growth` does the rest.
 
-This is `FollowingDrafter.propose` with its pieces captured: the same functions on the same cache.
+This is `FollowingDrafter.propose` with its pieces captured: the same functions on the same cache. Prompts are read so
+too, request by request: a reading of many rows is a graph per shape, whoever sits where.
 """
 
 from __future__ import annotations
@@ -8,18 +9,20 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
 
 import torch
 
 from outpace.drafters.device.contract import DeviceDraft, DraftKey
 from outpace.drafters.growth import Draws, extend
-from outpace.target.fast.graphs import bucket
+from outpace.target.fast.graphs import bucket, padded_batch, padded_rows
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from outpace.drafters.base import Context, RequestContext
-    from outpace.drafters.follower import FollowingDrafter
+    from outpace.drafters.follower import FollowingDrafter, Rows
+    from outpace.target.fast.graphs import Captured, FastPass
 
 _AT_ONCE = 1024  # tokens to come that the cache is made for when a request joins
 
@@ -31,6 +34,29 @@ class Owed:
     features: Tensor
     tokens: Tensor
     counts: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Sheet:
+    """Rows of a captured reading: features [B, R, taps * H]; words: one int64 tensor, of which the others are views.
+
+    tokens: [B, R]; counts, slots: [B], how many rows of each request are real, and where it sits.
+    """
+
+    features: Tensor
+    words: Tensor
+    tokens: Tensor
+    counts: Tensor
+    slots: Tensor
+
+    @classmethod
+    def empty(cls, batch: int, rows: int, like: Tensor, size: int) -> Sheet:
+        """A sheet of a shape, for features of `size` numbers, in the dtype and on the device of `like`."""
+        with torch.inference_mode(False):
+            features = torch.zeros(batch, rows, size, dtype=like.dtype, device=like.device)
+            words = torch.zeros(batch * (rows + 2), dtype=torch.int64, device=like.device)
+            tokens, counts, slots = torch.split(words, [batch * rows, batch, batch])
+        return cls(features, words, tokens.view(batch, rows), counts, slots)
 
 
 class FollowingDraft(DeviceDraft):
@@ -45,14 +71,17 @@ class FollowingDraft(DeviceDraft):
         self.depth, self.nodes = drafter.shape.depth, drafter.shape.width
         self.coupling, self.head = drafter.coupling if drafter.draw == "path" else None, drafter.module.head
         self.rows = min(self.depth, self.nodes) + 1  # most that a round can leave owed
+        self._first = next(drafter.module.parameters()).data_ptr()
         self._owed: dict[int, Owed] = {}
+        self._sheets: dict[tuple[int, int], Sheet] = {}
+        self._readings: WeakKeyDictionary[FastPass, dict[Any, Captured]] = WeakKeyDictionary()
         self._batch = 0
         self._requests: list[RequestContext] = []
         self._unread: list[list[int]] | None = None
 
     def holds(self) -> bool:
-        """Whether what was captured can still be replayed."""
-        return True
+        """Whether the weights are where captured work reads them (they are not after `module.to(...)`)."""
+        return next(self.drafter.module.parameters()).data_ptr() == self._first
 
     def owed(self, batch: int) -> Owed:
         """The static tensors of a batch."""
@@ -68,17 +97,95 @@ class FollowingDraft(DeviceDraft):
                 )
         return self._owed[batch]
 
+    def make_room(self, requests: Sequence[RequestContext]) -> None:
+        """Make the cache for these requests and their tokens to come: growing it later means capturing anew."""
+        longest = max(len(r.tokens) + min(r.remaining, _AT_ONCE) for r in requests)
+        room = bucket(longest + 2 * self.rows + self.drafter.shape.scratch)
+        self.drafter.cache.reserve(slots=padded_batch(len(requests)), capacity=room)
+
+    def read(self, fast: FastPass, rows: Mapping[int, Rows]) -> None:
+        """Extend the cache by rows of verified features, by seat, in one captured reading; the host waits for nothing.
+
+        Raises:
+            OutOfMemoryError: if there is no room to capture a reading of this shape.
+        """
+        cache, device = self.drafter.cache, self.drafter.cache.top.device
+        batch = padded_batch(len(rows))
+        count = padded_rows(max(self.rows, *(len(tokens) for _, tokens in rows.values())))
+        cache.reserve(slots=batch)
+        spare = [slot for slot in range(len(cache.lengths)) if slot not in rows][: batch - len(rows)]
+        slots = [*rows, *spare]
+        reach = bucket(max(cache.lengths[slot] for slot in slots) + count)
+        cache.reserve(capacity=reach)
+        sheet = self._sheet(batch, count)
+        words: list[int] = []
+        for _, tokens in rows.values():
+            words += [*tokens, *([0] * (count - len(tokens)))]
+        words += [0] * (count * len(spare))
+        words += [*(len(tokens) for _, tokens in rows.values()), *([0] * len(spare)), *slots]
+        sheet.words.copy_(torch.tensor(words), non_blocking=True)
+        for b, (features, tokens) in enumerate(rows.values()):
+            sheet.features[b, : len(tokens)] = features
+        graphs = self._readings.setdefault(fast, {})
+        key = (cache.generation, reach, batch, count)
+        if key not in graphs:
+            for old in [k for k in graphs if k[0] != cache.generation]:
+                del graphs[old]  # their cache tensors are gone
+
+            def work(*, warm: bool) -> None:
+                counts = torch.zeros_like(sheet.counts) if warm else sheet.counts
+                padding = torch.arange(count, device=device) >= counts[:, None]  # holds what another request left
+                self.extend(sheet.features.masked_fill(padding[..., None], 0), sheet.tokens, counts, sheet.slots, reach)
+
+            graphs[key] = fast.capture_work(
+                lambda: work(warm=False),
+                f"a drafter's reading of {batch} x {count} rows behind up to {reach} entries",
+                lambda: work(warm=True),
+            )
+        graphs[key]()
+        for slot, (_, tokens) in rows.items():
+            cache.lengths[slot] += len(tokens)
+
+    def extend(self, features: Tensor, tokens: Tensor, counts: Tensor, slots: Tensor | None, reach: int) -> None:
+        """`growth.extend` of the drafter's own cache."""
+        drafter = self.drafter
+        extend(drafter.module, drafter.target.embed, drafter.cache, features, tokens, counts, reach, slots)
+
+    def _sheet(self, batch: int, rows: int) -> Sheet:
+        if (batch, rows) not in self._sheets:
+            size = len(self.drafter.module.taps) * self.drafter.target.hidden_size
+            self._sheets[batch, rows] = Sheet.empty(batch, rows, self.drafter.cache.top, size)
+        return self._sheets[batch, rows]
+
     def join(self, context: Context, batch: int) -> None:
-        """See `DeviceDraft`; what the host owes is read here and now."""
+        """See `DeviceDraft`; what one round left is for the first draft to read, what is more is read here."""
         drafter, cache = self.drafter, self.drafter.cache
         drafter.seats.update(context)
         self._line_up(context)
-        drafter.read_owed()
-        longest = max(len(r.tokens) + min(r.remaining, _AT_ONCE) for r in context.requests)
-        cache.reserve(slots=batch, capacity=bucket(longest + 2 * self.rows + drafter.shape.scratch))
+        self.make_room(context.requests)
+        drafter.read_owed(context, beyond=self.rows)
         cache.at.copy_(torch.tensor(cache.lengths), non_blocking=True)
-        self.owed(batch).counts.zero_()
-        self._batch, self._requests, self._unread = batch, list(context.requests), None
+        self._batch, self._requests = batch, list(context.requests)
+        left = {b: drafter.take_owed(r) for b, r in enumerate(self._requests) if drafter.owes(r)}
+        self._hold(left, batch)
+        self._unread = [left[b][1] if b in left else [] for b in range(len(self._requests))] if left else None
+
+    def _hold(self, left: Mapping[int, Rows], batch: int) -> None:
+        """Let rows, by request, stand where a round would have left them."""
+        owed, names = self.owed(batch), self.drafter.module.taps
+        if not left:
+            owed.counts.zero_()
+            return
+        words = [[0] * (self.rows + 1) for _ in range(batch)]
+        features = torch.zeros_like(owed.features)
+        for b, (feature, tokens) in left.items():
+            features[b, : len(tokens)] = feature
+            words[b][: len(tokens)], words[b][-1] = tokens, len(tokens)
+        said = torch.tensor(words).to(features.device, non_blocking=True)
+        parts = features.chunk(len(names), -1)
+        path = torch.arange(self.rows, device=features.device).repeat(batch, 1)
+        taps = {name: part.contiguous() for name, part in zip(names, parts, strict=True)}
+        self.collect(taps, path, said[:, :-1], said[:, -1].contiguous())
 
     def reserve(self, ahead: int) -> DraftKey:
         """See `DeviceDraft`."""

@@ -99,7 +99,6 @@ class FusedDraft(FollowingDraft):
             cos, sin = net.rotary(positions[None])
             self.rotary = tuple(t[0, :, 0, :half].to(target.dtype).contiguous() for t in (cos, sin))
             self.slots = torch.arange(_MOST_ROWS, device=self.device)
-        self._first = next(net.parameters()).data_ptr()
         self._ready: dict[int, Ready] = {}
 
     def fused(self, batch: int) -> bool:
@@ -147,10 +146,6 @@ class FusedDraft(FollowingDraft):
             BLOCK=triton.next_power_of_2(size), EACH=bool(plan.tap_norms), ALL=plan.fuse_norm is not None,
             num_warps=4,
         )  # fmt: skip
-
-    def holds(self) -> bool:
-        """Whether the weights are where the plan left them (they are not after `module.to(...)`)."""
-        return next(self.drafter.module.parameters()).data_ptr() == self._first
 
     def draft(self, key: DraftKey, batch: int, draws: Draws | None, *, warm: bool = False) -> tuple[Tensor, Tensor]:
         """See `DeviceDraft`."""
