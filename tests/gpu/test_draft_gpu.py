@@ -6,10 +6,12 @@ import pytest
 import torch
 
 from outpace import Engine
+from outpace.drafters import Context, RequestContext
 from outpace.drafters.eagle import Eagle, Eagle2, Eagle3
 from outpace.drafters.growth import DEFAULT_PATHS
 from outpace.drafters.medusa import Medusa
 from outpace.drafters.mtp import MTP, MTPHeads
+from outpace.laws import Noise, NoiseDice, Sampler, Settings
 from outpace.target import Target
 from spies import paths_laid, served, trees_proposed
 from tiny import PROMPTS, make_model
@@ -123,6 +125,58 @@ def test_steady_state_captures_nothing(target, name):
     before = target.fast.capture.graphs
     for temperature in (0.0, 0.8):
         engine.generate(PROMPTS[:3], temperature=temperature, **options)
+    assert target.fast.capture.graphs == before
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("name", ["eagle3", "eagle3 3.0", "eagle", "mtp", "mtp_heads"])
+def test_captured_readings_keep_what_eager_ones_do(name):
+    """Both sides of a border, two pieces, one token, in one batch; once the cache no longer grows, none is captured."""
+    target = Target(make_model(max_position_embeddings=2048).cuda(), path="fast")
+    drafter = awake(MAKERS[name](), target)
+    twin = drafter.for_decoding()
+    pairs = [(drafter, Context(target, None)), (twin, Context(target.through("readable"), None))]
+    generator = torch.Generator().manual_seed(7)
+    for turn in range(3):
+        before = target.fast.capture.graphs
+        for _, context in pairs:
+            context.requests.clear()
+        for length in (33, 1, 34, 70, 700):
+            tokens = torch.randint(0, 40, (length,), generator=generator).tolist()
+            taps = {
+                tap: torch.randn(1, length - 1, target.hidden_size, generator=generator).cuda()
+                for tap in drafter.module.taps
+            }
+            for one, context in pairs:
+                sampler = Sampler(Settings(), NoiseDice(Noise(0), 0), prompt_length=length, eos=())
+                request = RequestContext(tokens, length, sampler, 40)
+                context.requests.append(request)
+                one.start(context, request, taps)
+        for seat in range(5):
+            rows = drafter.cache.lengths[seat]
+            assert rows == twin.cache.lengths[seat] == int(drafter.cache.at[seat]) == int(twin.cache.at[seat])
+            for ours, wanted in (
+                (drafter.cache.keys[:, seat, :, :rows], twin.cache.keys[:, seat, :, :rows]),
+                (drafter.cache.values[:, seat, :, :rows], twin.cache.values[:, seat, :, :rows]),
+                (drafter.cache.top[seat], twin.cache.top[seat]),
+            ):
+                torch.testing.assert_close(ours, wanted, atol=1e-4, rtol=1e-4)
+        assert turn < 2 or target.fast.capture.graphs == before
+
+
+@pytest.mark.parametrize("name", ["eagle3", "mtp"])
+def test_a_second_prompt_of_a_shape_captures_nothing_and_waits_for_its_first_tokens_alone(target, name):
+    engine = Engine(target, awake(MAKERS[name](), target), path="fast", stand_down=False)
+    options = {"max_new_tokens": 8, "ignore_eos": True}
+    engine.generate(PROMPTS[0], **options)
+    before = target.fast.capture.graphs
+    engine.submit(PROMPTS[0], **options)
+    torch.cuda.set_sync_debug_mode("error")  # of operations; the round's event, which is waited for, is none
+    try:
+        progress = engine.step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert progress[0].chunk.round.tokens
     assert target.fast.capture.graphs == before
 
 
