@@ -6,10 +6,12 @@
     python benchmarks/roofline.py --section decode,batch --model smollm2,135m,8b --out FILE.json
     python benchmarks/roofline.py --section round --model 8b --out benchmarks/results/roofline_rounds_8b.json
     python benchmarks/roofline.py --section round --model smollm2 --drafters 'FOLDER;suffix' --out FILE.json
+    python benchmarks/roofline.py --section prompt --model smollm2 --out FILE.json
 
 Sections: `pass` (milliseconds of a pass by rows and context, fast and through the model's modules), `decode` (tokens
 per second of plain decoding beside transformers.generate, real text), `batch` (tokens per second by batch), `round`
-(the parts of a drafted round: draft, pass, walk, host; random weights for the shapes), `tiles`.
+(the parts of a drafted round: draft, pass, walk, host; random weights for the shapes), `prompt` (the time to a first
+token and its parts, drafters reading the prompt captured and eagerly), `tiles`.
 The 8B shape has random weights: what its passes cost does not depend on their values.
 """
 
@@ -30,7 +32,7 @@ import torch
 import transformers
 
 from outpace import Engine
-from outpace.drafters import make_drafter
+from outpace.drafters import Context, make_drafter
 from outpace.engine import Timing
 from outpace.errors import CheckpointError
 from outpace.laws import Tree
@@ -345,13 +347,82 @@ def round_parts(name: str, target: Target, specs: list[str], new: int = 200) -> 
     return rows
 
 
+def prompt_parts(name: str, target: Target, specs: list[str], repeats: int = 20) -> list[dict[str, Any]]:
+    """Milliseconds to the first token, per drafter (and for plain decoding) and length of the prompt.
+
+    prefill_ms: until the device has read the prompt; of it reading_ms is the drafter's, between two events (on a queue
+    that the host does not keep full, its own time). draft_ms, pass_ms, walk_ms: of the first round. other_ms: the
+    host's. reading: "captured", or "eager", as through modules.
+    """
+    rows = []
+    cases = [("plain", ""), *((spec, how) for spec in specs for how in ("captured", "eager"))]
+    for spec, how in cases:
+        drafter = None if spec == "plain" else fitted(spec, target)
+        engine = Engine(target, drafter, stand_down=False)
+        marks: list[Any] = []
+        if drafter is not None:
+            time_starts(drafter, marks)
+        if how == "eager":
+            read_eagerly(drafter, target)
+        for length in (64, 256, 1024):
+            ids = [(7 * j) % 1000 + 100 for j in range(length)]
+            found: dict[str, list[float]] = {}
+            graphs = 0
+            for turn in range(repeats + 3):
+                if turn == 3:  # all is captured
+                    graphs = target.captured.capture.graphs
+                engine.timing = timing = Timing()
+                marks.clear()
+                torch.cuda.synchronize()
+                start = perf_counter()
+                uid = engine.submit(ids, max_new_tokens=64, ignore_eos=True)
+                engine.step()
+                ttft = 1e3 * (perf_counter() - start)
+                engine.cancel(uid)
+                torch.cuda.synchronize()
+                parts = {"ttft_ms": ttft, "reading_ms": sum(one.elapsed_time(two) for one, two in marks)}
+                parts |= {p: getattr(timing, p) for p in ("prefill_ms", "draft_ms", "pass_ms", "walk_ms", "other_ms")}
+                for part, value in parts.items() if turn >= 3 else ():
+                    found.setdefault(part, []).append(value)
+            row = {"model": name, "drafter": spec, "reading": how, "prompt": length,
+                   **{part: statistics.median(values) for part, values in found.items()},
+                   "captures": target.captured.capture.graphs - graphs}  # fmt: skip
+            print(json.dumps({k: round(v, 3) if isinstance(v, float) else v for k, v in row.items()}), flush=True)
+            rows.append(row)
+        engine.close()
+    return rows
+
+
+def time_starts(drafter: Any, marks: list[Any]) -> None:
+    """Put two events around each reading of a prompt."""
+    start = drafter.start
+
+    def timed(*args: Any) -> None:
+        one, two = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        one.record()
+        start(*args)
+        two.record()
+        marks.append((one, two))
+
+    drafter.start = timed
+
+
+def read_eagerly(drafter: Any, target: Target) -> None:
+    """Let a drafter read prompts as it does beside the model's own modules."""
+    read = drafter._read
+    modules = target.through("readable")
+    drafter._read = lambda context, rows, static, slots: read(
+        Context(modules, context.cache), rows, static, slots=slots
+    )
+
+
 def main() -> None:
     """Run the chosen sections and write one result file."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--section", default="pass")
     parser.add_argument("--model", default="135m,8b", help="135m, 8b (random weights), or smollm2 for decode")
     parser.add_argument("--shapes", default="135m,8b")
-    parser.add_argument("--drafters", default="", help="for round: specs or folders, separated by semicolons")
+    parser.add_argument("--drafters", default="", help="for round and prompt: specs or folders, by semicolons")
     parser.add_argument("--part", default="0/1")
     parser.add_argument("--out", type=Path, default=RESULTS / "roofline.json")
     options = parser.parse_args()
@@ -390,6 +461,15 @@ def main() -> None:
                 name, device="cuda"
             )  # fmt: skip
             result.setdefault("round", []).extend(round_parts(name, target, specs))
+            del target
+            torch.cuda.empty_cache()
+    if "prompt" in sections:
+        specs = options.drafters.split(";") if options.drafters else ["eagle3", "mtp"]
+        for name in models:
+            target = Target(shape_model(name), name=name) if name in SHAPES else Target.from_pretrained(
+                name, device="cuda"
+            )  # fmt: skip
+            result.setdefault("prompt", []).extend(prompt_parts(name, target, specs))
             del target
             torch.cuda.empty_cache()
     if "decode" in sections and "smollm2" in models:
