@@ -157,10 +157,11 @@ class Mark:
 
 def uncaptured_target(monkeypatch, **changes):
     """A tiny target whose rounds take the loop of `engine.device`."""
-    from outpace.drafters.device import fused
+    from outpace.drafters.device import fused, reading
 
     monkeypatch.setattr(torch.cuda, "Event", Mark)
-    monkeypatch.setattr(fused, "tree_attention", plain_attention)
+    for module in (fused, reading):
+        monkeypatch.setattr(module, "tree_attention", plain_attention)
     target = Target(make_model(**{"num_hidden_layers": 2, **changes}))
     target._fast.made = Uncaptured(target)
     return target.through("fast")

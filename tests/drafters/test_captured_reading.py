@@ -8,7 +8,9 @@ from interpreted import require_interpreter
 require_interpreter()
 
 from outpace.drafters import Context, RequestContext
-from outpace.drafters.eagle import Eagle, Eagle3
+from outpace.drafters.device import fused
+from outpace.drafters.device.following import FollowingDraft
+from outpace.drafters.eagle import Eagle, Eagle2, Eagle3
 from outpace.drafters.mtp import MTP, MTPHeads
 from outpace.laws import Noise, NoiseDice, Sampler, Settings
 from uncaptured import uncaptured_target
@@ -23,10 +25,17 @@ MAKERS = {
     "eagle3 normed fc": lambda: Eagle3(
         draft_len=3, branches=2, nodes=6, fc_norm=False, norm_before_fc=True, taps=("in:0", "in:1")
     ),
+    "eagle2": lambda: Eagle2(draft_len=3, branches=2, nodes=5),
     "mtp": lambda: MTP(draft_len=3, branches=2, nodes=6, vocabulary=0),
     "mtp 2": lambda: MTP(draft_len=3, branches=2, nodes=6, order="hidden_embed", chain_norm="none", tap="pre_norm"),
     "mtp_heads": lambda: MTPHeads(heads=2, nodes=5, vocabulary=30),
 }  # fmt: skip
+
+
+@pytest.fixture
+def _unfused(monkeypatch):
+    """Readings by the functions of `growth`: the interpreter takes long over fused kernels."""
+    monkeypatch.setattr(fused, "device_draft", FollowingDraft)
 
 
 class Reader:
@@ -86,10 +95,10 @@ def assert_same(ours, theirs):
 @torch.inference_mode()
 @pytest.mark.parametrize("name", MAKERS)
 def test_a_captured_reading_keeps_what_the_eager_one_does(name, monkeypatch):
-    """Lengths on both sides of borders, one longer than a piece, one of a single token."""
+    """Lengths on both sides of borders, one longer than two pieces, one of a single token."""
     ours, theirs = readers(name, monkeypatch)
-    monkeypatch.setattr("outpace.drafters.follower.PREFILL_CHUNK", 96)
-    lengths = [34, 1, 33, 2, 97, 230, 17]
+    monkeypatch.setattr("outpace.drafters.follower.PREFILL_CHUNK", 12)
+    lengths = [9, 1, 10, 2, 31]
     for seed, length in enumerate(lengths):
         tokens, taps = prompt(ours.drafter, length, seed)
         for reader in (ours, theirs):
@@ -98,6 +107,17 @@ def test_a_captured_reading_keeps_what_the_eager_one_does(name, monkeypatch):
     assert [rows for *_, rows in ours.kept()] == [length - 1 for length in lengths]
 
 
+@torch.inference_mode()
+@pytest.mark.usefixtures("_unfused")
+@pytest.mark.parametrize("length", [500, 513, 1100])
+def test_long_prompts_are_read_in_pieces(length, monkeypatch):
+    ours, theirs = readers("eagle3", monkeypatch)
+    for reader in (ours, theirs):
+        reader.start(*prompt(ours.drafter, length, length))
+    assert_same(ours, theirs)
+
+
+@pytest.mark.usefixtures("_unfused")
 @torch.inference_mode()
 def test_shapes_are_captured_once_and_serve_every_seat(monkeypatch):
     ours, theirs = readers("eagle3", monkeypatch)
@@ -130,6 +150,7 @@ def test_shapes_are_captured_once_and_serve_every_seat(monkeypatch):
     assert len(ours.drafter.device_draft()._readings[ours.context.target.fast]) <= 3, "graphs of a cache that is gone"
 
 
+@pytest.mark.usefixtures("_unfused")
 @torch.inference_mode()
 def test_padding_never_reads_what_another_request_left(monkeypatch):
     ours, theirs = readers("eagle3", monkeypatch)
@@ -143,6 +164,7 @@ def test_padding_never_reads_what_another_request_left(monkeypatch):
     assert_same(ours, theirs)
 
 
+@pytest.mark.usefixtures("_unfused")
 @torch.inference_mode()
 @pytest.mark.parametrize("beyond", [0, 3])
 def test_rows_owed_by_several_requests_are_read_at_once(beyond, monkeypatch):

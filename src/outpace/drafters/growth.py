@@ -135,13 +135,15 @@ def extend(
     mask = visible(at, sees, width, z.dtype)
     cos, sin = net.rotary(at[:, None] + torch.arange(rows, device=at.device))
     y = net(embedded, z, cos, sin, behind(cache, at, 0, mask, width, slots))
+    keep_last(cache, y, at, count, slots)
+
+
+def keep_last(cache: RowCache, y: Tensor, at: Tensor, count: Tensor, slots: Tensor | None) -> None:
+    """Keep rows just written: `count` [B] of each request behind `at` [B], with outputs y [B, R, H]; slots as above."""
     last = y.gather(1, (count - 1).clamp_min(0)[:, None, None].expand(-1, 1, y.shape[2]))[:, 0].to(cache.top.dtype)
-    if slots is None:
-        cache.top[:batch] = torch.where(count[:, None] > 0, last, cache.top[:batch])
-        cache.at[:batch] += count
-    else:
-        cache.top[slots] = torch.where(count[:, None] > 0, last, cache.top[slots])
-        cache.at[slots] = at + count
+    where = slice(count.shape[0]) if slots is None else slots
+    cache.top[where] = torch.where(count[:, None] > 0, last, cache.top[where])
+    cache.at[where] = at + count
 
 
 def grow(

@@ -146,8 +146,8 @@ class FollowingDraft(DeviceDraft):
         for slot, (_, tokens) in rows.items():
             cache.lengths[slot] += len(tokens)
 
-    def extend(self, features: Tensor, tokens: Tensor, counts: Tensor, slots: Tensor | None, reach: int) -> None:
-        """`growth.extend` of the drafter's own cache."""
+    def extend(self, features: Tensor, tokens: Tensor, counts: Tensor, slots: Tensor, reach: int) -> None:
+        """`growth.extend` of the drafter's own cache, on whatever the device does it with."""
         drafter = self.drafter
         extend(drafter.module, drafter.target.embed, drafter.cache, features, tokens, counts, reach, slots)
 

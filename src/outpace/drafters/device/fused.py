@@ -21,7 +21,9 @@ from torch import nn
 
 from outpace.drafters.device import kernels
 from outpace.drafters.device.following import FollowingDraft, Owed
+from outpace.drafters.device.reading import kernel_halves, read_rows
 from outpace.drafters.growth import Plan
+from outpace.target.fast.graphs import bucket
 from outpace.target.fast.launch import dependent_launch, launch_options
 from outpace.target.fast.linear import Follow, Scaled, choose_tile, gated_linear, is_float, linear, query_key_value
 from outpace.target.fast.tree_attention import Workspace, splits_for, tree_attention
@@ -93,13 +95,20 @@ class FusedDraft(FollowingDraft):
         self.device = target.device
         self.pdl = self.device.type == "cuda" and dependent_launch(self.device)
         self.table = target.model.get_input_embeddings().weight.detach()
-        positions = torch.arange(min(target.context, _POSITIONS), device=self.device)
+        positions = torch.arange(bucket(min(target.context, _POSITIONS)), device=self.device)
         half = net.shape.head_size // 2
         with torch.inference_mode(False), torch.no_grad():
             cos, sin = net.rotary(positions[None])
             self.rotary = tuple(t[0, :, 0, :half].to(target.dtype).contiguous() for t in (cos, sin))
             self.slots = torch.arange(_MOST_ROWS, device=self.device)
         self._ready: dict[int, Ready] = {}
+
+    def extend(self, features: Tensor, tokens: Tensor, counts: Tensor, slots: Tensor, reach: int) -> None:
+        """See `FollowingDraft`; where tables of angles end, by the functions of `growth`."""
+        if reach > self.rotary[0].shape[0]:
+            super().extend(features, tokens, counts, slots, reach)
+        else:
+            read_rows(self, features, tokens, counts, slots, reach)
 
     def fused(self, batch: int) -> bool:
         """Whether drafts of that many requests take the fused kernels."""
@@ -166,6 +175,7 @@ class _Run:
         shape, device = self.net.shape, draft.device
         self.size, self.pdl = shape.hidden, draft.pdl
         self.block = triton.next_power_of_2(shape.hidden)
+        self.halves = kernel_halves(draft.plan, shape.hidden)
         self.at = self.cache.at[:batch]
         self.slots = draft.slots[:batch]
         rows = batch * max(draft.rows, self.tree.branches)
@@ -190,7 +200,7 @@ class _Run:
         both, residual, positions = self.room(rows, 2 * self.size), self.kept_rows(rows), self.longs(rows)
         kernels.enter_rows_kernel[(rows,)](
             self.draft.table, state, both, residual, plan.norm_embedding, plan.norm_state, plan.norm, tokens, self.at,
-            positions, count, plan.eps, **self.halves(), **self.early(self.pdl and plan.fuse is not None),
+            positions, count, plan.eps, **self.halves, **self.early(self.pdl and plan.fuse is not None),
         )  # fmt: skip
         y, _ = self.blocks(both, residual, positions, self.at, None)
         top = self.cache.top[: self.batch]
@@ -217,7 +227,7 @@ class _Run:
                 self.draft.table, y, both, residual, plan.norm_embedding, plan.norm_state, plan.norm, self.tokens,
                 self.values, self.at, above, values, births, positions, entries, bits, tree.born, self.start(depth),
                 count, depth, plan.eps, K=k, WORDS=words, CHOICES=choices, STEP=min(choices, _STEP), FIRST=depth == 1,
-                OUT_NORMED=plan.feeds_normed and plan.norm is not None, **self.halves(), **self.early(),
+                OUT_NORMED=plan.feeds_normed and plan.norm is not None, **self.halves, **self.early(),
             )  # fmt: skip
             y, scaled = self.blocks(both, residual, positions, entries, bits, span=depth * k)
             self.children(self.logits(scaled if scaled is not None else y), values, births, depth + 1)
@@ -334,19 +344,6 @@ class _Run:
     def longs(self, *shape: int) -> Tensor:
         """A tensor of int64."""
         return self.room(*shape, dtype=torch.int64)
-
-    def halves(self) -> dict[str, Any]:
-        """What both kernels that lay the block's input are told."""
-        plan = self.plan
-        return {
-            "SIZE": self.size,
-            "BLOCK": self.block,
-            "EMBED_NORMED": plan.norm_embedding is not None,
-            "STATE_NORMED": plan.norm_state is not None,
-            "EMBED_FIRST": plan.embedding_first,
-            "KEEP": {"joined": 0, "state": 1, "normed_state": 2}[plan.residual],
-            "num_warps": 4 if self.size <= 4096 else 8,
-        }
 
     def early(self, pdl: bool | None = None) -> dict[str, Any]:
         """Options of a kernel that may start while the one before it drains; the first of a graph must not."""
