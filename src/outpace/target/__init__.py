@@ -7,6 +7,8 @@ from outpace.target.cache import STRICT_ALIGN, BlockCache, CacheIntegrityError
 from outpace.target.families import FAMILIES, Family
 from outpace.target.loading import Tokenizer
 from outpace.target.model import Passing, PathName, Target
+from outpace.target.packed import run_packed
+from outpace.target.tuned import save_target, tuned_by, tuned_copy
 
 __all__ = [
     "FAMILIES",
@@ -28,4 +30,8 @@ __all__ = [
     "choose_kernel",
     "read",
     "run_behind",
+    "run_packed",
+    "save_target",
+    "tuned_by",
+    "tuned_copy",
 ]

@@ -85,6 +85,18 @@ class GatedLoRA(nn.Module):
         output[:, start:].add_(low, alpha=self.scale)
         return output
 
+    def delta(self, name: str) -> Tensor:
+        """What merging adds to the weight of layer `name`: [out, in] float32 (all processes of a sharded one ask)."""
+        down, up, scale = self.tail(name)
+        return scale * (whole(up.detach()).float() @ whole(down.detach()).float())
+
+
+def whole(value: Tensor) -> Tensor:
+    """A sharded tensor gathered (every process must ask at once), a plain one as it is."""
+    gather = getattr(value, "full_tensor", None)
+    found: Tensor = value if gather is None else gather()
+    return found
+
 
 def _key(name: str) -> str:
     return name.replace(".", "/")
