@@ -180,6 +180,10 @@ def _show_provenance(made: dict[str, Any], on: Any) -> None:
         f"{corpus['temperatures']}, from {', '.join(corpus['sources'])}",
         soft_wrap=True,
     )
+    tuned = made.get("tuned")
+    if tuned is not None:
+        moved = f", KL {tuned['mean_kl']:.4f} nats a token from it on held-out answers" if "mean_kl" in tuned else ""
+        on.print(f"its target was trained along, from {tuned['from']}{moved}: {made['target']}", soft_wrap=True)
     losses = [point for point in made["curves"] if "loss" in point]
     shown = losses[:: max(1, len(losses) // 8)]
     if losses and shown[-1] is not losses[-1]:

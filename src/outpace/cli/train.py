@@ -182,7 +182,7 @@ def _estimate(trainer: Trainer) -> dict[str, Any]:
         "steps": steps,
         "hours": round(steps * step / 3600, 3),
         "memory_gib": round(_memory(device), 2),
-        "disk_mib": round((2 + 14) * weights / 2**20, 1),
+        "disk_mib": round(((2 + 14) * weights + (trainer.target.weight_bytes if trainer.served else 0)) / 2**20, 1),
         "recipe": dataclasses.asdict(trainer.recipe),
     }
 
@@ -198,12 +198,26 @@ def _close(trainer: Trainer, out: Path, *, as_json: bool) -> None:
     evaluations = [point for point in trainer.curves if "emitted_per_round" in point]
     last = evaluations[-1] if evaluations else None
     losses = [point for point in trainer.curves if "loss" in point]
+    drifts = [point for point in trainer.curves if "mean_kl" in point]
+    tuned = trainer.served
     if as_json:
-        write_json({"out": str(out), "steps": trainer.step, "last": losses[-1:], "evaluation": last})
+        document = {"out": str(out), "steps": trainer.step, "last": losses[-1:], "evaluation": last}
+        write_json(document if tuned is None else {**document, "target": str(tuned), "drift": drifts[-1:]})
         return
     figure = f"emitted_per_round {last['emitted_per_round']:.3f} on held-out prompts" if last else "not evaluated"
     console().print(
         f"{trainer.drafter.name} trained for {trainer.step} steps, {figure}; saved to {out}. Use it: outpace generate "
-        f'--drafter {out} "..."',
+        + (f"--model {tuned} " if tuned else "")
+        + f'--drafter {out} "..."',
         soft_wrap=True,
     )
+    if tuned is not None:
+        moved = "how far was not measured (no held-out prompts)"
+        if drifts:
+            moved = (
+                f"KL {drifts[-1]['mean_kl']:.4f} nats a token, the same greedy choice at "
+                f"{100 * drifts[-1]['greedy_agreement']:.1f} % of {drifts[-1]['tokens']} held-out tokens"
+            )
+        console().print(
+            f"The target was trained along: {tuned} says something else than before ({moved})", soft_wrap=True
+        )

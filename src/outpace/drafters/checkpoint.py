@@ -19,6 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from outpace.errors import CheckpointError
+from outpace.target.tuned import tuned_by
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -40,6 +41,7 @@ def describe_target(target: Target) -> dict[str, Any]:
     """What a drafter must agree on with its target, as plain data: shapes and hashes, no weights."""
     tokenizer = target.tokenizer
     vocabulary = sorted(tokenizer.get_vocab().items()) if tokenizer is not None else []
+    tuned = tuned_by(target)
     return {
         "name": target.name,
         "model_type": target.config.model_type,
@@ -49,6 +51,7 @@ def describe_target(target: Target) -> dict[str, Any]:
         "tokenizer_sha256": _sha256(json.dumps(vocabulary)) if vocabulary else None,
         "template_sha256": _template_hash(tokenizer),
         "embedding_norm": float(target.model.get_input_embeddings().weight.detach().float().norm()),
+        **({} if tuned is None else {"tuned": tuned}),
     }
 
 
@@ -186,6 +189,19 @@ def _check_fit(path: str, made_for: Mapping[str, Any], found: Mapping[str, Any],
             "be accepted less often (the text is not affected)",
             stacklevel=3,
         )
+        return
+    if made_for.get("tuned") != found.get("tuned"):
+        warnings.warn(
+            f"drafter {path!r} was trained for {_said(made_for)}, and this is {_said(found)}, with other weights; "
+            "drafts will be accepted less often (the text is not affected)",
+            stacklevel=3,
+        )
+
+
+def _said(target: Mapping[str, Any]) -> str:
+    """A target by name and by what it was tuned from."""
+    tuned = target.get("tuned")
+    return repr(target["name"]) + ("" if tuned is None else f", tuned from {tuned['from']!r}")
 
 
 def _template_hash(tokenizer: Any) -> str | None:

@@ -3,6 +3,7 @@
     options     what the constructor was called with; written into a checkpoint, read back by `from_pretrained`
     build       the module for a target, with initial weights
     objective   batch -> losses; it may read taps, or run the target itself with rows of its own
+    tune        what training changes of the target along with the drafter; nothing, for most
     recipe      how training is done unless the user says otherwise
 
 Knows no loop, no corpus and no file layout: `outpace.train` feeds batches, `drafters.checkpoint` writes files.
@@ -27,12 +28,14 @@ from outpace.drafters.checkpoint import find_shipped, load_checkpoint, read_conf
 from outpace.drafters.shapes import read_shape
 from outpace.errors import CheckpointError, ConfigError, UnsupportedError, suggestion
 from outpace.laws import Settings
+from outpace.target.adapters import whole
+from outpace.target.tuned import tuned_copy
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from outpace.drafters.shapes import Grown
-    from outpace.target import Target
+    from outpace.target import GatedLoRA, Target
     from outpace.target.widen import Widening
 
 LossKind = Literal["soft", "hard", "kl", "reverse_kl", "total_variation", "overlap", "hybrid"]
@@ -75,6 +78,7 @@ class Batch:
         longest: length of the longest of them.
         answers: answer tokens of the whole optimiser step, over accumulated batches and ranks, per rank: sums divided
             by it and averaged over ranks give the step's mean whatever the packing.
+        share: of the run that is done, 0 at its first step, 1 outside a run: for losses whose weights change.
         slots: for a shift s, flat indices [n] of the slots whose token s further on is an answer token of the same
             document; see `slots_before`.
     """
@@ -91,6 +95,7 @@ class Batch:
     bounds: Tensor
     longest: int
     answers: float
+    share: float = 1.0
     slots: dict[int, Tensor] = field(default_factory=dict)
 
     @property
@@ -119,7 +124,7 @@ class Losses:
         sums: [K] summed loss of the counted slots. counts: [K] how many those are.
         hits: [K] in how many of them the drafter's most likely token is the corpus's. All three without gradient.
         hit_map: [K, B * T] bool: the same per slot (False where nothing counts), to simulate decoding.
-        extra: further figures by name, scalars without gradient, to be shown beside the loss.
+        extra: further figures by name, means over the batch, scalars without gradient, shown beside the loss.
     """
 
     total: Tensor
@@ -201,6 +206,22 @@ class Recipe:
         return [self.decay**k for k in range(self.depths)]
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Tuning:
+    """What training changes of the target along with the drafter: an adapter on every row.
+
+    It is trained like the module, and merged into a copy of the target wherever the drafter decodes: that tuned target
+    is what the drafter is for from then on.
+
+    Attributes:
+        adapter: its weights, float32, on the target's device; fresh, it changes nothing.
+        lr: its learning rate, as a share of the recipe's.
+    """
+
+    adapter: GatedLoRA
+    lr: float = 1.0
+
+
 class LearnedDrafter(Drafter):
     """A drafter with weights of its own.
 
@@ -212,6 +233,7 @@ class LearnedDrafter(Drafter):
         module: the weights, once `fit` or `initialise` has run. All its parameters that require gradients are
             trained; its state dict is what a checkpoint holds (frozen tensors of the target must not be in it).
         target: what it was fitted to.
+        tuning: what its training changes of that target; None for nothing, and for every drafter that only decodes.
         recipe: defaults of training; replace it to train otherwise.
         provenance: what made the weights (command, commit, corpus, curves), JSON data, kept in the checkpoint.
     """
@@ -220,8 +242,10 @@ class LearnedDrafter(Drafter):
     default_recipe: ClassVar[Recipe] = Recipe()
     module: nn.Module
     target: Target
+    tuning: Tuning | None
 
     def __init__(self) -> None:
+        self.tuning = None
         self.recipe: Recipe = self.default_recipe
         self.provenance: dict[str, Any] = {}
         self._source: Path | None = None
@@ -244,9 +268,18 @@ class LearnedDrafter(Drafter):
         Called with gradients on (evaluation turns them off), under autocast where the loop wants it.
         """
 
+    def tune(self, target: Target) -> Tuning | None:
+        """What training changes of the target, with initial weights (torch's generator); None: it stays frozen.
+
+        An objective that tunes runs the target itself, under `self.tuning.adapter` (`target.run_packed`); `Batch.taps`
+        are those of the target as it was.
+        """
+        del target
+        return None
+
     @property
     def training_taps(self) -> frozenset[str]:
-        """Taps the objective reads in `Batch.taps`; empty if it runs the target itself, or needs none."""
+        """Taps of the target as it was that the objective reads in `Batch.taps`; empty if it needs none."""
         return self.needs.taps
 
     @property
@@ -307,6 +340,7 @@ class LearnedDrafter(Drafter):
         with torch.random.fork_rng(devices=_cuda_devices(target)):
             torch.manual_seed(seed)
             self.module = self.build(target)
+            self.tuning = self.tune(target)
         self._take(target)
 
     def fit(self, target: Target) -> None:
@@ -401,13 +435,24 @@ class LearnedDrafter(Drafter):
 
     def weights(self) -> dict[str, Tensor]:
         """The module's tensors, whole (every process of a sharded run must ask at once)."""
-        return {name: _whole(value.detach()) for name, value in self.module.state_dict().items()}
+        return {name: whole(value.detach()) for name, value in self.module.state_dict().items()}
 
-    def for_decoding(self, weights: Mapping[str, Tensor] | None = None) -> Self:
-        """A copy of this drafter as it is now, in the target's dtype, with caches of its own."""
+    def tuned_target(self, name: str) -> Target:
+        """What it drafts for as it is now: a tuned copy of its target, called `name`, or the target if it tunes none.
+
+        Every process of a sharded run must ask at once.
+        """
+        return self.target if self.tuning is None else tuned_copy(self.target, self.tuning.adapter, name)
+
+    def for_decoding(self, weights: Mapping[str, Tensor] | None = None, target: Target | None = None) -> Self:
+        """A copy of this drafter as it is now, in the target's dtype, with caches of its own.
+
+        target: what it decodes for, if not its own: one that was tuned along with it.
+        """
+        target = self.target if target is None else target
         copy = type(self)(**{name: getattr(self, name) for name in self.options()})
-        copy.restore(self.weights() if weights is None else weights, self.target)
-        copy._take(self.target)
+        copy.restore(self.weights() if weights is None else weights, target)
+        copy._take(target)
         copy.recipe, copy.provenance = self.recipe, self.provenance
         return copy
 
@@ -479,8 +524,11 @@ class LearnedDrafter(Drafter):
         *,
         dtype: torch.dtype = torch.bfloat16,
         weights: Mapping[str, Tensor] | None = None,
+        target: Target | None = None,
     ) -> None:
         """Write weights (floating-point ones in `dtype`) and a config that says what they belong to.
+
+        target: what they belong to, if not its own: one that was tuned along with it.
 
         Raises:
             CheckpointError: if it cannot be written, or holds numbers that are not finite.
@@ -490,13 +538,7 @@ class LearnedDrafter(Drafter):
         if bad:
             raise CheckpointError(f"not saved: tensors {bad} of drafter {self.name!r} hold numbers that are not finite")
         tensors = {name: value.to(dtype) if value.is_floating_point() else value for name, value in state.items()}
-        save_checkpoint(folder, self.name, self.options(), tensors, self.target, provenance=self.provenance)
-
-
-def _whole(value: Tensor) -> Tensor:
-    """A sharded tensor gathered, a plain one as it is."""
-    gather = getattr(value, "full_tensor", None)
-    return value if gather is None else gather()
+        save_checkpoint(folder, self.name, self.options(), tensors, target or self.target, provenance=self.provenance)
 
 
 def _plain(value: Any) -> Any:

@@ -15,6 +15,7 @@ import torch
 
 from outpace.engine import Engine, Output, Stats, total
 from outpace.laws import Settings
+from outpace.target import Block
 from outpace.train.features import read_taps
 from outpace.train.packing import Document, assemble
 
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from outpace.drafters.learning import Batch, LearnedDrafter
+    from outpace.target import Target
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,18 +55,65 @@ def decode(
     settings: Settings | None = None,
     max_batch: int = 32,
     weights: Mapping[str, Tensor] | None = None,
+    target: Target | None = None,
 ) -> Evaluation:
-    """Decode prompts with the drafter as it is now (or with these weights), never standing down.
+    """Decode prompts with the drafter as it is now (or with these weights, for this target), never standing down.
 
     settings: of sampling; None for greedy.
     """
     settings = (settings or Settings()).replace(max_new_tokens=max_new_tokens)
-    engine = Engine(drafter.target, drafter.for_decoding(weights), max_batch=max_batch, stand_down=False)
+    drafter = drafter.for_decoding(weights, target)
+    engine = Engine(drafter.target, drafter, max_batch=max_batch, stand_down=False)
     try:
         outputs = engine.generate([list(prompt) for prompt in prompts], settings)
     finally:
         engine.close()
     return Evaluation(total([output.stats for output in outputs]), outputs)
+
+
+@dataclass(frozen=True, slots=True)
+class Drift:
+    """How far a tuned target has moved from the one it was, on greedy answers of the latter.
+
+    Attributes:
+        mean_kl: KL(original || tuned) per token, nats. greedy_agreement: share of places where both would choose the
+            same token. tokens: places compared.
+    """
+
+    mean_kl: float
+    greedy_agreement: float
+    tokens: int
+
+
+def drift(original: Target, tuned: Target, prompts: Sequence[Sequence[int]], *, max_new_tokens: int) -> Drift:
+    """Let the original answer prompts greedily, and compare both laws at every token of the answers.
+
+    Laws are those of the decoding pass, untempered, each in the dtype its target decodes in.
+    """
+    engine = Engine(original, max_batch=32)
+    try:
+        outputs = engine.generate([list(prompt) for prompt in prompts], max_new_tokens=max_new_tokens)
+    finally:
+        engine.close()
+    divergence = agreed = tokens = 0.0
+    for output in outputs:
+        before, after = (_log_laws(target, output) for target in (original, tuned))
+        divergence += float((before.exp() * (before - after)).sum())
+        agreed += float((before.argmax(-1) == after.argmax(-1)).sum())
+        tokens += len(output.tokens)
+    return Drift(max(divergence, 0.0) / max(tokens, 1), agreed / max(tokens, 1), int(tokens))
+
+
+@torch.no_grad()
+def _log_laws(target: Target, output: Output) -> Tensor:
+    """[n, V] float32: log of the law behind each of the n tokens of an answer."""
+    ids = [*output.prompt_tokens, *output.tokens]
+    first = len(output.prompt_tokens) - 1
+    cache = target.new_cache()
+    target.prefill(ids[:first], cache)
+    read = target.run(Block.chain([ids[first:-1]], [first], target.device), cache)
+    assert read.logits is not None  # asked for
+    return torch.log_softmax(read.logits[0, : len(output.tokens)].float(), -1)
 
 
 @torch.no_grad()

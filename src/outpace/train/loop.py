@@ -15,15 +15,16 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Final, Literal
 
 import torch
 from torch import nn
 
 from outpace.drafters.layers import compile_halves
 from outpace.errors import ConfigError
+from outpace.target import save_target
 from outpace.target.fast.wide import COMPILED_ROWS
-from outpace.train.evaluate import decode, replay
+from outpace.train.evaluate import Drift, decode, drift, replay
 from outpace.train.features import Ring, read_taps
 from outpace.train.packing import Packing
 from outpace.train.provenance import describe_run
@@ -43,6 +44,7 @@ if TYPE_CHECKING:
     from outpace.train.show import Reporter
 
 OptimizerName = Literal["flash", "adamw"]
+TUNED: Final = "target"  # folder of the tuned target, inside the drafter's
 _SHOWN_EVERY = 10  # steps
 
 
@@ -90,6 +92,8 @@ class Figures:
     sums: Tensor
     counts: Tensor
     hits: Tensor
+    extra: dict[str, Tensor] = field(default_factory=dict)
+    batches: int = 0
     steps: int = 0
     tokens: int = 0
 
@@ -105,6 +109,9 @@ class Figures:
         self.sums += losses.sums
         self.counts += losses.counts
         self.hits += losses.hits
+        self.batches += 1
+        for name, value in losses.extra.items():
+            self.extra[name] = self.extra.get(name, torch.zeros_like(self.loss)) + value.detach().float()
 
 
 @dataclass(slots=True)
@@ -136,11 +143,12 @@ class Clocked:
 
 
 class _Objective(nn.Module):
-    """What data parallel wrappers take hold of: the drafter's module, called through its objective."""
+    """What data parallel wrappers take hold of: the drafter's module and what it tunes, called by its objective."""
 
     def __init__(self, drafter: LearnedDrafter) -> None:
         super().__init__()
         self.module = drafter.module
+        self.adapter = None if drafter.tuning is None else drafter.tuning.adapter
         self._drafter = (drafter,)
         self.losses: Losses | None = None
 
@@ -154,7 +162,8 @@ class Trainer:
     """Trains a drafter on a corpus of its target.
 
     Args:
-        target: frozen for the run; its parameters must not require gradients afterwards either.
+        target: frozen for the run; its parameters must not require gradients afterwards either. A drafter that tunes
+            it learns an adapter, and what it is for in the end is a tuned copy, saved beside it (`served`).
         drafter: not yet fitted; gets initial weights, or those of the run in `out` that is continued.
         corpus: what the target wrote.
         out: folder for the drafter, and for states to resume from.
@@ -201,6 +210,13 @@ class Trainer:
         self.progress = Progress(self._steps(), 60 * self.settings.minutes)
         self._elapsed = 0.0
         self._said: list[Output] = []
+        self._drift: Drift | None = None
+        self._tuned: tuple[int, Target] | None = None
+
+    @property
+    def served(self) -> Path | None:
+        """The folder of the tuned target, the model to be served with the drafter; None where none is tuned."""
+        return None if self.drafter.tuning is None else self.out / TUNED
 
     def _rows_per_step(self) -> int:
         recipe, world = self.recipe, self.ranks.world
@@ -220,9 +236,12 @@ class Trainer:
         return max(1, round(self.recipe.epochs * self.steps_per_epoch))
 
     def _make_optimizer(self) -> torch.optim.Optimizer:
-        parameters = [p for p in self.objective.parameters() if p.requires_grad]
-        if not parameters:
+        tuning = self.drafter.tuning
+        parts = [(self.objective.module, 1.0), *([] if tuning is None else [(tuning.adapter, tuning.lr)])]
+        parameters = [{"params": [p for p in part.parameters() if p.requires_grad]} for part, _ in parts]
+        if not parameters[0]["params"]:
             raise ConfigError(f"drafter {self.drafter.name!r} has nothing to train")
+        self._lr_shares = [share for _, share in parts]
         recipe = self.recipe
         if self.settings.optimizer == "adamw":
             fused = self.target.device.type == "cuda"
@@ -274,6 +293,7 @@ class Trainer:
                     self._save_state()
                 if self._due(self.settings.eval_every) and not self.progress.over:
                     self._evaluate()
+                    self._tuned = None  # a copy of the model, which steps need no more
                     self._elapsed = time.perf_counter() - started
                     shown_at, shown_step = time.perf_counter(), self.step
         except KeyboardInterrupt:
@@ -283,8 +303,9 @@ class Trainer:
             batches.close()
         self._evaluate()
         self._calibrate()
+        self._compare()
         self._save(time.perf_counter() - started)
-        return self.drafter.for_decoding()
+        return self.drafter.for_decoding(target=self._target_now())
 
     def _due(self, every: int) -> bool:
         return bool(every) and self.step % every == 0
@@ -293,12 +314,13 @@ class Trainer:
         """One optimiser step over this process's rows."""
         torch.manual_seed((self.settings.seed << 32) + self.step * self.ranks.world + self.ranks.rank)
         lr = rate(self.recipe, self.progress.share)
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
+        for group, share in zip(self.optimizer.param_groups, self._lr_shares, strict=True):
+            group["lr"] = share * lr
         pieces: Sequence[Batch] = next(batches)
         for number, batch in enumerate(pieces):
             clock.mark()
             batch.taps = self._taps(batch)
+            batch.share = self.progress.share
             clock.mark()
             with self.ranks.quiet(self._model, last=number == len(pieces) - 1), self._autocast():
                 loss = self._model(batch)
@@ -371,6 +393,9 @@ class Trainer:
             "memory_gib": round(_memory(self.target.device), 3),
             "seconds_left": round(max(0, self.progress.left) * pace, 1),
         }
+        if figures.extra:
+            count = ranks.world * max(figures.batches, 1)
+            point["extra"] = {name: round(float(ranks.sum(value)) / count, 6) for name, value in figures.extra.items()}
         if not math.isfinite(loss):
             raise ConfigError(
                 f"the loss is {loss} at step {self.step}; lower the learning rate (--lr {self.recipe.lr / 3:g}). The "
@@ -380,11 +405,23 @@ class Trainer:
         if self.reporter is not None and ranks.first:
             self.reporter.point(point)
 
+    def _target_now(self) -> Target:
+        """What the drafter is for after this step: a tuned copy, kept for the step, or the target itself.
+
+        Every process must ask at once.
+        """
+        if self.served is None:
+            return self.target
+        if self._tuned is None or self._tuned[0] != self.step:
+            self._tuned = None  # one copy at a time
+            self._tuned = self.step, self.drafter.tuned_target(str(self.served))
+        return self._tuned[1]
+
     def _evaluate(self) -> None:
         prompts = self.corpus.held_out[: self.settings.eval_prompts]
         if not prompts:
             return
-        weights = self.drafter.weights()  # gathered by all, decoded by the first
+        weights, target = self.drafter.weights(), self._target_now()  # gathered by all, decoded by the first
         if self.ranks.first:
             found = decode(
                 self.drafter,
@@ -392,6 +429,7 @@ class Trainer:
                 max_new_tokens=self.settings.eval_tokens,
                 settings=self.drafter.evaluation,
                 weights=weights,
+                target=target,
             )
             self._said = found.outputs
             point = {"step": self.step, **found.as_dict()}
@@ -402,16 +440,30 @@ class Trainer:
 
     def _calibrate(self) -> None:
         """Let a copy of the drafter fit its decoding options to what the target said last; take them over."""
-        weights = self.drafter.weights()  # gathered by all
+        weights, target = self.drafter.weights(), self._target_now()  # gathered by all
         changed = False
         if self._said and self.ranks.first:
-            copy = self.drafter.for_decoding(weights)
+            copy = self.drafter.for_decoding(weights, target)
             heat = copy.evaluation.temperature
             copy.calibrate([replay(copy, output, temperature=heat) for output in self._said])
             changed = copy.options() != self.drafter.options()
             self.drafter.take_options(copy)
         if self.ranks.agree(float(changed)):
             self._evaluate()
+
+    def _compare(self) -> None:
+        """Say how far a tuned target has moved, on held-out prompts."""
+        prompts = self.corpus.held_out[: self.settings.eval_prompts]
+        if self.served is None or not prompts:
+            return
+        tuned = self._target_now()
+        if self.ranks.first:
+            self._drift = drift(self.target, tuned, prompts, max_new_tokens=self.settings.eval_tokens)
+            point = {"step": self.step, **asdict(self._drift)}
+            self.curves.append(point)
+            if self.reporter is not None:
+                self.reporter.drift(point)
+        self.ranks.wait()
 
     def _save_state(self) -> None:
         self._synchronise()
@@ -445,8 +497,9 @@ class Trainer:
                 )
 
     def _save(self, seconds: float) -> None:
+        weights, target = self.drafter.weights(), self._target_now()
         self.drafter.provenance = describe_run(
-            target=self.target.name,
+            target=target,
             corpus=self.corpus,
             recipe=asdict(self.recipe),
             settings=asdict(self.settings),
@@ -454,10 +507,12 @@ class Trainer:
             seconds=seconds,
             device=self.target.device,
             curves=self.curves,
+            drift=None if self._drift is None else asdict(self._drift),
         )
-        weights = self.drafter.weights()
         if self.ranks.first:
-            self.drafter.save_pretrained(self.out, weights=weights)
+            if self.served is not None:
+                save_target(target, self.served)
+            self.drafter.save_pretrained(self.out, weights=weights, target=target)
         self.ranks.wait()
 
     def _synchronise(self) -> None:

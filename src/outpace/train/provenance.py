@@ -12,8 +12,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 import outpace
+from outpace.target import tuned_by
 
 if TYPE_CHECKING:
+    from outpace.target import Target
     from outpace.train.corpus import Corpus
 
 _POINTS = 200  # of a curve that are kept
@@ -21,7 +23,7 @@ _POINTS = 200  # of a curve that are kept
 
 def describe_run(
     *,
-    target: str,
+    target: Target,
     corpus: Corpus,
     recipe: Mapping[str, Any],
     settings: Mapping[str, Any],
@@ -29,9 +31,12 @@ def describe_run(
     seconds: float,
     device: torch.device,
     curves: Sequence[Mapping[str, Any]],
+    drift: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """JSON data for `LearnedDrafter.provenance`."""
+    """JSON data for `LearnedDrafter.provenance`; drift: how far a tuned target has moved, if that was measured."""
     import transformers
+
+    tuned = tuned_by(target)
 
     return {
         "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
@@ -43,7 +48,8 @@ def describe_run(
             "python": platform.python_version(),
         },
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine(),
-        "target": target,
+        "target": target.name,
+        **({} if tuned is None else {"tuned": {**tuned, **(drift or {})}}),
         "corpus": {
             "digest": corpus.digest,
             "documents": len(corpus),

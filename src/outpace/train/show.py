@@ -25,6 +25,9 @@ class Reporter(Protocol):
     def evaluation(self, point: Mapping[str, Any]) -> None:
         """A run of the decode loop."""
 
+    def drift(self, point: Mapping[str, Any]) -> None:
+        """How far a tuned target has moved."""
+
 
 class Shown:
     """A bar on a terminal, else a line now and then; and a tracker, if one is named.
@@ -58,9 +61,11 @@ class Shown:
     def point(self, point: Mapping[str, Any]) -> None:
         """See `Reporter`."""
         rates = " ".join(f"{100 * x:.0f}" for x in point["hit_rate"])
+        extra = "".join(f", {name.replace('_', ' ')} {value:.4f}" for name, value in point.get("extra", {}).items())
         text = (
-            f"loss {point['loss']:.3f} | hits % {rates} | {point['tokens_per_second'] / 1000:.1f}k tokens/s, features "
-            f"{100 * point['feature_share']:.0f} % | {point['memory_gib']:.1f} GiB | {point['seconds_left']:.0f} s left"
+            f"loss {point['loss']:.3f}{extra} | hits % {rates} | {point['tokens_per_second'] / 1000:.1f}k tokens/s, "
+            f"features {100 * point['feature_share']:.0f} % | {point['memory_gib']:.1f} GiB | "
+            f"{point['seconds_left']:.0f} s left"
         )
         self._bar.update(self._task, completed=point["share"], step=point["step"], text=text)
         now = time.monotonic()
@@ -75,6 +80,15 @@ class Shown:
         self.console.print(
             f"step {point['step']}: emitted_per_round {point['emitted_per_round']:.3f} on held-out prompts, "
             f"accept_given_reached % {chain}",
+            soft_wrap=True,
+        )
+        self._write(point)
+
+    def drift(self, point: Mapping[str, Any]) -> None:
+        """See `Reporter`."""
+        self.console.print(
+            f"the tuned target beside the original, {point['tokens']} tokens of held-out answers: KL "
+            f"{point['mean_kl']:.4f} nats a token, the same greedy choice at {100 * point['greedy_agreement']:.1f} %",
             soft_wrap=True,
         )
         self._write(point)
@@ -111,6 +125,8 @@ def _flat(point: Mapping[str, Any]) -> dict[str, float]:
     for key, value in point.items():
         if isinstance(value, list):
             flat |= {f"{key}/{i}": float(x) for i, x in enumerate(value)}
+        elif isinstance(value, Mapping):
+            flat |= {f"{key}/{name}": float(x) for name, x in value.items()}
         elif key != "step":
             flat[key] = float(value)
     return flat
