@@ -159,3 +159,35 @@ def test_inspect_of_nothing(outpace, tmp_path):
     result = outpace("inspect", tmp_path / "nothing")
     assert result.exit_code == 1
     assert "neither a folder nor one that ships" in result.stderr
+
+
+def test_a_target_trained_along_is_saved_named_and_decodes_with_its_heads(outpace, model_dir, corpus, tmp_path):
+    out = tmp_path / "joint"
+    arguments = (
+        "train",
+        model_dir,
+        "-d",
+        "medusa:heads=2,tune_rank=4,rise=sine",
+        "-c",
+        corpus,
+        "-o",
+        out,
+        *QUICK,
+        *CPU,
+    )
+    result = outpace(*arguments)
+    assert result.exit_code == 0, result.stderr
+    said = result.stdout.replace("\n", " ")
+    assert f"--model {out / 'target'} --drafter {out}" in said
+    assert "says something else than before (KL " in said
+    assert "kl 0." in result.stderr
+    assert f"its target was trained along, from {model_dir}, KL " in outpace("inspect", out).stdout
+    drafted, plain = (
+        outpace("generate", "tell me", "-m", out / "target", "-d", spec, "-n", 10, *CPU) for spec in (out, "none")
+    )
+    assert drafted.exit_code == 0, drafted.stderr
+    assert "accepted less often" not in drafted.stderr
+    assert drafted.stdout == plain.stdout
+    again = json.loads(outpace(*arguments, "--json").stdout)
+    assert again["target"] == str(out / "target")
+    assert again["drift"][0]["tokens"] > 0

@@ -1,5 +1,6 @@
 """Training on a GPU: kernels against their definitions, no wait inside a step, runs that end on time."""
 
+import copy
 import itertools
 import time
 
@@ -15,7 +16,7 @@ from outpace.drafters.losses import Teacher, head_loss, row_losses
 from outpace.drafters.medusa import Medusa
 from outpace.drafters.mtp import MTP, MTPHeads
 from outpace.drafters.unroll import dense_attention, unrolled_attention
-from outpace.target import Target
+from outpace.target import GatedLoRA, Target, run_packed
 from outpace.train import Corpus, CorpusSettings, Trainer, TrainSettings, write_corpus
 from outpace.train.evaluate import simulate
 from outpace.train.features import read_taps
@@ -203,3 +204,34 @@ def test_compiled_blocks_have_the_gradients_of_eager_ones(target):
         found.append([total.detach(), *(p.grad for p in drafter.module.parameters())])
     for ours, wanted in zip(*found, strict=True):
         close(ours, wanted, 5e-2)
+
+
+def test_an_adapter_learns_through_packed_rows_as_it_does_in_float32(target):
+    """Flash attention's gradients in bfloat16 against the model's own modules in float32, the same weights."""
+    exact = Target(copy.deepcopy(target.model).float())
+    gradients = []
+    for one in (target, exact):
+        one.model.requires_grad_(False)
+        adapter = GatedLoRA.for_all_layers(one.model, 4).cuda()
+        generator = torch.Generator().manual_seed(0)
+        with torch.no_grad():
+            for parameter in adapter.parameters():
+                parameter.copy_(0.05 * torch.randn(parameter.shape, generator=generator))
+        batch = assemble([DIALOGUES[:2], DIALOGUES[2:]], 32, one)
+        state = run_packed(one, batch, ("post_norm",), adapter)["post_norm"].float()
+        weight = torch.randn(state.shape, generator=generator).cuda()
+        (state * weight).sum().backward()
+        gradients.append(torch.cat([p.grad.flatten() for p in adapter.parameters()]))
+    ours, want = gradients
+    assert float(torch.nn.functional.cosine_similarity(ours, want, dim=0)) > 0.98
+
+
+def test_medusa_trains_its_target_along(target, tmp_path):
+    prompts = [PromptLine(f"p{i}", "", prompt) for i, prompt in enumerate(PROMPTS)]
+    write_corpus(target, PromptReport(prompts=prompts), tmp_path / "c", CorpusSettings(max_new_tokens=24))
+    drafter = Medusa(heads=3, nodes=8, vocabulary=0, tune_rank=4)
+    drafter.recipe = drafter.recipe.replace(tokens_per_step=512, row_length=128, rows=4)
+    settings = TrainSettings(steps=5, eval_every=0)
+    made = Trainer(target, drafter, Corpus.load(tmp_path / "c"), tmp_path / "o", settings).run()
+    ours = Engine(made.target, made, stand_down=False).generate(PROMPTS[:3], max_new_tokens=16)
+    assert all(len(o.tokens) for o in ours)

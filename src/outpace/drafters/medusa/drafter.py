@@ -14,13 +14,15 @@ from outpace.drafters.calibrate import count_ranks, path_values
 from outpace.drafters.follower import GuessMode
 from outpace.drafters.growth import DEFAULT_PATHS, Draws, FixedTree, Ranks, grow_ranked
 from outpace.drafters.heads import choose_ids, special_ids
-from outpace.drafters.learning import Batch, LearnedDrafter, Losses, Recipe
+from outpace.drafters.learning import Batch, LearnedDrafter, Losses, Recipe, Tuning
 from outpace.drafters.losses import Teacher, head_loss
 from outpace.drafters.medusa.device import MedusaDraft
 from outpace.drafters.medusa.heads import MedusaHeads, Projection
+from outpace.drafters.medusa.joint import HEAD_WEIGHT, TUNE_LR, Rise, check_tuning, joint_losses, risen
 from outpace.drafters.shapes import Grown, text_behind
 from outpace.errors import ConfigError
 from outpace.laws import Draft, Tree, Walk
+from outpace.target import GatedLoRA
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -40,6 +42,10 @@ class Medusa(LearnedDrafter):
         draw, coupling: see `FollowingDrafter`.
         layers, projection, rank: see `MedusaHeads`.
         vocabulary: tokens of the draft vocabulary, the most frequent of the corpus; 0: all.
+        tune_rank: 0 for a frozen target (Medusa-1); otherwise it is trained along, by LoRA of that rank on every linear
+            layer but the head (Medusa-2). It says something else afterwards: see `medusa.joint`.
+        head_weight, rise: weight of the heads' loss beside the target's own, and how it comes to that over the run.
+        tune_lr: learning rate of the LoRA, as a share of the heads'.
     """
 
     name: ClassVar[str] = "medusa"
@@ -60,6 +66,10 @@ class Medusa(LearnedDrafter):
         projection: Projection = "target",
         rank: int = 64,
         vocabulary: int = 32_768,
+        tune_rank: int = 0,
+        head_weight: float = HEAD_WEIGHT,
+        rise: Rise = "constant",
+        tune_lr: float = TUNE_LR,
     ) -> None:
         super().__init__()
         if min(heads, nodes, layers, rank) < 1:
@@ -68,6 +78,9 @@ class Medusa(LearnedDrafter):
             raise ConfigError(f"projection must be target, low_rank or own, got {projection!r}")
         if draw not in ("path", "greedy"):
             raise ConfigError(f"draw must be path or greedy, got {draw!r}")
+        check_tuning(tune_rank, head_weight, rise, tune_lr)
+        self.tune_rank, self.head_weight, self.tune_lr = tune_rank, head_weight, tune_lr
+        self.rise: Rise = rise
         self.heads, self.nodes, self.layers, self.rank, self.vocabulary = heads, nodes, layers, rank, vocabulary
         self.projection: Projection = projection
         self.draw: GuessMode = draw
@@ -95,6 +108,13 @@ class Medusa(LearnedDrafter):
             ids=self._ids,
         ).to(target.device)
 
+    def tune(self, target: Target) -> Tuning | None:
+        """Medusa-2: an adapter on every linear layer but the head, which heads share and embeddings may be tied to."""
+        if not self.tune_rank:
+            return None
+        adapter = GatedLoRA.for_all_layers(target.model, self.tune_rank).to(target.device)
+        return Tuning(adapter=adapter, lr=self.tune_lr)
+
     def ready(self, target: Target) -> None:
         """Lay out the tree."""
         paths = self.paths or DEFAULT_PATHS
@@ -111,22 +131,33 @@ class Medusa(LearnedDrafter):
 
     @property
     def shifts(self) -> tuple[int, ...]:
-        """Head k (from 1) of slot t is compared with token t + 1 + k."""
-        return tuple(range(2, self.recipe.depths + 2))
+        """Head k (from 1) of slot t is compared with token t + 1 + k; a target trained along, with token t + 1."""
+        return tuple(range(1 if self.tune_rank else 2, self.recipe.depths + 2))
 
     def objective(self, batch: Batch) -> Losses:
-        """Medusa-1: the target is frozen, heads learn beside one another; a head's logits are gone before the next."""
-        recipe, net = self.recipe, self.module
-        if recipe.depths > self.heads:
-            raise ConfigError(f"depths={recipe.depths}, but there are {self.heads} heads")
-        tokens, states = batch.tokens.flatten(), batch.taps["post_norm"].flatten(0, 1)
+        """Medusa-1: the heads' losses; where the target is trained along, those and its own (`joint`)."""
+        if self.recipe.depths > self.heads:
+            raise ConfigError(f"depths={self.recipe.depths}, but there are {self.heads} heads")
+        states = batch.taps["post_norm"].flatten(0, 1)
+        if self.tuning is None:
+            return self.head_losses(batch, states)
+        weight = self.head_weight * risen(self.rise, batch.share)
+        return joint_losses(batch, states, self.tuning.adapter, self.head_losses, weight)
+
+    def head_losses(self, batch: Batch, states: Tensor) -> Losses:
+        """Losses of the heads on states [B * T, H] of a target, whose law is their teacher.
+
+        Heads learn beside one another; a head's logits are gone before the next. Gradients go into the states too, if
+        they carry any, but not through the teacher.
+        """
+        recipe, net, tokens, laws = self.recipe, self.module, batch.tokens.flatten(), states.detach()
         sums, slots, hits = [], [], []
         for number in range(recipe.depths):
             where = batch.slots_before(number + 2)
-            hidden, weight = net.states(number, states[where])
+            hidden, weight = net.states(number, states.index_select(0, where))
             label = tokens[where + number + 2]
             loss, hit = head_loss(
-                recipe.loss, hidden, net.head, label, Teacher(states, where + number + 1), weight=weight
+                recipe.loss, hidden, net.head, label, Teacher(laws, where + number + 1), weight=weight
             )
             sums.append(loss)
             slots.append(where)
