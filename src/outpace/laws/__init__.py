@@ -1,6 +1,6 @@
 """Laws: noise, the law of the next token, drafts, and the rules that turn drafts into tokens.
 
-Imports torch and nothing else. Knows no models, caches or text (beyond a `decode` function it is handed).
+Imports torch and numpy. Knows no models, caches or text (beyond a `decode` function it is handed).
 """
 
 from outpace.laws.dice import NOISES, Dice, Key, NoiseDice, NoiseKind, draw
