@@ -1,11 +1,14 @@
 """Captured passes on a CUDA device: the same numbers as the model's modules, and rows that ignore their neighbours."""
 
 import copy
+import gc
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+from outpace import Engine
 from outpace.laws import Tree
 from outpace.target import Block, Scouts, Target
 from tiny import FAMILIES, PROMPTS, make_model
@@ -249,3 +252,27 @@ def test_joining_weights_copies_nothing_twice():
     first, second = Target(model, path="fast"), Target(model, path="fast")
     assert first.fast.plan.layers[0].qkv.weight.data_ptr() == second.fast.plan.layers[0].qkv.weight.data_ptr()
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+
+
+def test_a_capture_that_fails_leaves_the_engine_usable():
+    target = Target(make_model().cuda(), path="fast")
+    options = {"max_new_tokens": 12, "ignore_eos": True}
+    wanted = Engine(target).generate(PROMPTS[0], **options)[0].tokens
+    with pytest.raises(RuntimeError):
+        target.fast.capture_work(lambda: torch.ones(1, device="cuda").item(), "what waits for the device", lambda: None)
+    assert Engine(target).generate(PROMPTS[0], **options)[0].tokens == wanted
+
+
+def test_garbage_that_holds_graphs_is_not_collected_in_a_capture():
+    target = Target(make_model().cuda(), path="fast")
+    x = torch.ones(4, device="cuda")
+    ring = SimpleNamespace(graph=target.fast.capture_work(lambda: x + 1, "a sum"))
+    ring.itself = ring
+    del ring
+    before = gc.get_threshold()
+    gc.set_threshold(1, 1, 1)
+    try:
+        made = target.fast.capture_work(lambda: ([[[]] for _ in range(100)], x + 2)[1], "another sum", lambda: None)
+    finally:
+        gc.set_threshold(*before)
+    assert torch.equal(made(), x + 2)

@@ -94,7 +94,7 @@ class RowCache:
     def truncate(self, slot: int, length: int) -> None:
         """Keep the first `length` rows of a slot."""
         self.lengths[slot] = length
-        self.at[slot] = length
+        self.at[slot].fill_(length)  # an assignment would copy from the host, and wait
 
     def advance(self, counts: list[int]) -> None:
         """Keep the rows just written, on the host's side (`extend` has moved `at`)."""

@@ -8,8 +8,10 @@ pieces keys are split into (a power of two) is fixed.
 
 from __future__ import annotations
 
+import gc
 import logging
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from time import perf_counter
 from typing import TYPE_CHECKING, Any, Final
@@ -77,13 +79,25 @@ class Captured:
         torch.cuda.current_stream().wait_stream(stream)
         torch.cuda.synchronize()
         self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph, pool=pool):
+        with _no_collection(), torch.cuda.graph(self._graph, pool=pool):
             self.result = work()
 
     def __call__(self) -> Any:
         """Replay; the result is overwritten by the next replay."""
         self._graph.replay()
         return self.result
+
+
+@contextmanager
+def _no_collection() -> Iterator[None]:
+    """Keep the garbage collector off: it may free a graph of an engine long gone, and that breaks a capture."""
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
 
 
 class FastPass:
@@ -108,8 +122,8 @@ class FastPass:
         self.plan: Plan = make_plan(target)
         self.names = joined_names(target)
         self.capture = Capture()
-        self.pool = torch.cuda.graph_pool_handle()
-        self._anchor = Captured(lambda: torch.zeros(1, device=target.device), self.pool)  # a pool lives by its graphs
+        self._anchors: list[Captured] = []
+        self._open_pool()
         self.positions_limit = next(iter(self.plan.rotary.values()))[0].shape[0]
         self._forward = Forward(
             self.plan, target.model.get_input_embeddings(), self.names, dependent_launch(target.device)
@@ -171,6 +185,12 @@ class FastPass:
             found = graphs[key] = self.capture_work(work, what)
         return found
 
+    def _open_pool(self) -> None:
+        """Memory for the graphs to come; a pool lives by its graphs, so one stays."""
+        self.pool = torch.cuda.graph_pool_handle()
+        self._anchors.append(Captured(lambda: torch.zeros(1, device=self.plan.device), self.pool))
+        self._pool_is_broken = False
+
     def capture_work(self, work: Callable[[], Any], what: str, warm: Callable[[], Any] | None = None) -> Captured:
         """Capture a piece of work into the shared pool.
 
@@ -179,7 +199,11 @@ class FastPass:
         """
         started = perf_counter()
         try:
+            if self._pool_is_broken:
+                self._open_pool()
+            self._pool_is_broken = True  # what fails inside may leave it recording
             made = Captured(work, self.pool, warm)
+            self._pool_is_broken = False
         except torch.OutOfMemoryError as error:
             torch.cuda.empty_cache()
             raise OutOfMemoryError(
