@@ -118,7 +118,7 @@ def outputs_that_part(target, settings, at, token):
 def test_a_number_just_beside_the_boundary_is_a_near_tie_and_one_inside_is_not():
     """Every position of a text is tried: near tie exactly where u lies within the derived tolerance of the boundary."""
     target = Target(make_model())
-    settings = Settings(temperature=0.8, **LONG)
+    settings = Settings(temperature=0.8, noise="uniform", **LONG)
     auditor = Auditor(target, settings)
     plain = Engine(target, None).generate([PROMPTS[0]], settings)[0]
     prompt = list(plain.prompt_tokens)

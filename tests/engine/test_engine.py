@@ -288,15 +288,20 @@ def test_timing_accounts_for_every_round():
 
 
 @torch.inference_mode()
-def test_the_path_is_a_function_of_laws_and_noise_alone():
-    """Recompute a sampled text without the engine: plain forwards, one number per position, inverse CDF."""
+@pytest.mark.parametrize("noise", ["gumbel", "uniform"])
+def test_the_path_is_a_function_of_laws_and_noise_alone(noise):
+    """Recompute a sampled text without the engine: plain forwards; inverse CDF of a number, or arg-max with noise."""
     from outpace.laws import Noise, draw
 
     output = Engine(target(), "layer_skip").generate(
-        [PROMPTS[0]], max_new_tokens=15, temperature=0.8, seed=6, ignore_eos=True
+        [PROMPTS[0]], max_new_tokens=15, temperature=0.8, seed=6, ignore_eos=True, noise=noise
     )[0]
     text = list(PROMPTS[0])
     for token in output.tokens:
         logits = target().model(torch.tensor([text])).logits[0, -1].float()
-        assert draw(torch.softmax(logits / 0.8, 0), Noise(6).uniform(0, len(text))) == token
+        if noise == "gumbel":
+            wanted = int(torch.argmax(logits / 0.8 + Noise(6).gumbel(0, len(text), len(logits))))
+        else:
+            wanted = draw(torch.softmax(logits / 0.8, 0), Noise(6).uniform(0, len(text)))
+        assert wanted == token
         text.append(token)

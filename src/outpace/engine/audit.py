@@ -6,8 +6,9 @@ decodes both ways under one seed and, at the first difference, recomputes the ta
 nothing with the engine: the model's own forward over the common prefix, no cache, no blocks, in float32. What follows
 a first difference says nothing, since the prefixes differ from there on.
 
-**How much noise is allowed.** `eps` is four times the spacing of the inference dtype at the largest logit, and bounds
-by how much the *difference* of two logits may be off.
+**How much noise is allowed.** `eps` is four times the spacing of the inference dtype at the largest logit, or twice
+what that dtype does to the two tokens in question in a pass of the model's own forward, whichever is more; it bounds by
+how much the *difference* of two logits may be off.
 
 *Arg-max* (greedy, or Gumbel noise added): the two tokens can swap only if their values differ by at most `eps`, and
 can win only if both lie within `eps` of the maximum.
@@ -71,8 +72,7 @@ class Difference:
         eps: noise allowed in a difference of two logits.
         below_max: arg-max: how far the lower of the two lies below the maximum (at most eps for a near tie).
         u: inverse CDF: the path's number at this position. boundary: the CDF between the tokens.
-        dtype_shift: by how much the model's own dtype moves the difference of the two logits against the reference
-            (no part of the verdict; a figure far above eps says that eps is too small for this model).
+        dtype_shift: by how much the model's own dtype moves the difference of the two logits against the reference.
         reference: how the law was recomputed.
     """
 
@@ -323,6 +323,7 @@ class Auditor:
         eps = SPACINGS * spacing(float(logits[torch.isfinite(logits)].abs().max()), self.target.dtype)
         eps *= max(penalty, 1 / penalty)  # a penalty that multiplies logits multiplies their noise
         shift = float((own[pair[0]] - own[pair[1]] - logits[pair[0]] + logits[pair[1]]).abs())
+        eps = max(eps, 2 * shift)  # what the dtype does to this very pair, one pass this way and another that way
         shared: dict[str, Any] = {
             "position": at,
             "plain": pair[0],
