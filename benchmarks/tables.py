@@ -20,7 +20,14 @@ from outpace.bench.report.markdown import task_table
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-PAGES = ("README.md", "docs/fast.md", "docs/training.md", "docs/methods/ptp.md")
+PAGES = (
+    "README.md",
+    "docs/fast.md",
+    "docs/noise.md",
+    "docs/training.md",
+    "docs/methods/medusa.md",
+    "docs/methods/ptp.md",
+)
 _SLOT = re.compile(r"<!-- table:(\w+) -->\n(.*?)<!-- /table -->", re.DOTALL)
 _INTRODUCTION = """# Benchmarks
 
@@ -126,7 +133,52 @@ def acceptance_table(result: dict[str, Any]) -> str:
         "",
         f"{about['model']}, {about['device']}, {about['dtype']}: {about['questions']} first turns of Spec-Bench "
         f"({asked['per_task']} a task), {asked['tokens']} new tokens at most, batch {asked['batch']}, "
-        f"seed {asked['seed']}. torch {about['torch']}, transformers {about['transformers']}.",
+        f"seed {asked['seed']}, {asked.get('noise', 'uniform')} noise. torch {about['torch']}, "
+        f"transformers {about['transformers']}.",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def prompt_table(result: dict[str, Any]) -> str:
+    """Time to the first token, a row per drafter and way of reading, and its parts at the longest prompt."""
+    found: dict[tuple[str, str], dict[int, dict[str, Any]]] = {}
+    for row in result["prompt"]:
+        found.setdefault((row["drafter"], row["reading"]), {})[row["prompt"]] = row
+    lengths = sorted({row["prompt"] for row in result["prompt"]})
+    named = " | ".join(f"{length} tokens" for length in lengths)
+    lines = [
+        f"| drafter | its reading | {named} | of which reading, {lengths[0]} / {lengths[-1]} |",
+        f"| --- | --- |{' --- |' * (len(lengths) + 1)}",
+    ]
+    for (drafter, reading), by_length in found.items():
+        times = " | ".join(f"{by_length[length]['ttft_ms']:.1f}" for length in lengths)
+        short, long = by_length[lengths[0]]["reading_ms"], by_length[lengths[-1]]["reading_ms"]
+        lines.append(f"| {drafter} | {reading if short else '-'} | {times} | {short:.2f} / {long:.2f} |")
+    lines += ["", f"Milliseconds until the first token, smollm2, one run. {_where(result['about'])}"]
+    return "\n".join(lines) + "\n"
+
+
+def noise_table(result: dict[str, Any]) -> str:
+    """How often candidates hold the path's token, a row per temperature and kind of noise."""
+    said = {"likeliest": "without the numbers", "uniform": "`uniform`, looked up", "gumbel": "`gumbel`"}
+    counts = (1, 2, 4, 8)
+    heads = " | ".join(f"{k} candidate{'s' if k > 1 else ''}" for k in counts)
+    lines = [f"| T | {heads.join(('candidates chosen | ', ' |'))}", f"| --- | --- |{' --- |' * len(counts)}"]
+    for row in result["rows"]:
+        for way, name in said.items():
+            hits = " | ".join(f"{100 * row[way][k - 1]:.0f} %" for k in counts)
+            lines.append(f"| {row['temperature']:g} | {name} | {hits} |")
+    about, rows = result["about"], result["rows"]
+    heats = [f"T={row['temperature']:g}" for row in rows]
+    apart = ", ".join(
+        f"{r['distance']:.2f} at {t}, entropy {r['entropy']:.1f}" for r, t in zip(rows, heats, strict=True)
+    )
+    sure = ", ".join(f"{100 * row['sure']:.0f} % at {heat}" for row, heat in zip(rows, heats, strict=True))
+    lines += [
+        "",
+        f"{about['model']}, {about['drafter']}, {rows[0]['places']} places of sampled answers to the mini suite, "
+        f"{about['draws']} tokens drawn at each. Total variation of the two laws: {apart} nats. What the value of the "
+        f"first candidate says of it under Gumbel noise: {sure}. torch {about['torch']}.",
     ]
     return "\n".join(lines) + "\n"
 
@@ -161,8 +213,12 @@ def table(name: str) -> str:
         return pass_table(plain)
     if "round" in plain:
         return rounds_table(plain)
+    if "prompt" in plain:
+        return prompt_table(plain)
     if "decode" in plain:
         return decode_table(plain)
+    if "rows" in plain and "draws" in plain["about"]:
+        return noise_table(plain)
     if "rows" in plain:
         return acceptance_table(plain) if "questions" in plain["about"] else training_table(plain)
     return readme_table(load_result(file))

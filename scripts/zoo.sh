@@ -34,7 +34,7 @@ train() { # name spec units
     > "$out/logs/train-$1.log" 2>&1
   tail -n 1 "$out/logs/train-$1.log"
 }
-train eagle3 "eagle3:layers=1,vocabulary=12288,draft_len=7,nodes=31" 3.7
+train eagle3 "eagle3:layers=1,vocabulary=16384,draft_len=7,nodes=31" 9
 train mtp "mtp:vocabulary=12288,nodes=31" 1.3
 train medusa "medusa:vocabulary=12288,nodes=31" 0.8
 train ptp "ptp:rank=40" 4
