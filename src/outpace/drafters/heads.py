@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from outpace.errors import CheckpointError, ConfigError
-from outpace.target.skinny import linear
+from outpace.target.skinny import Eight, linear, serves
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -36,6 +36,7 @@ class DraftHead(nn.Module):
     """
 
     weight: Tensor
+    eight: Eight | None = None
 
     def __init__(self, target: Target, size: int, kind: HeadKind, ids: Tensor | None = None) -> None:
         super().__init__()
@@ -90,6 +91,8 @@ class DraftHead(nn.Module):
 
     def forward(self, hidden: Tensor) -> Tensor:
         """[..., H] -> [..., size]."""
+        if self.eight is not None and serves(self.eight, hidden):
+            return self.eight(hidden)
         return linear(hidden, self.weight.to(hidden.dtype))
 
     def to_target(self, drafted: Tensor) -> Tensor:

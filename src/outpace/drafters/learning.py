@@ -29,6 +29,7 @@ from outpace.drafters.shapes import read_shape
 from outpace.errors import CheckpointError, ConfigError, UnsupportedError, suggestion
 from outpace.laws import Settings
 from outpace.target.adapters import whole
+from outpace.target.skinny import round_weights
 from outpace.target.tuned import tuned_copy
 
 if TYPE_CHECKING:
@@ -432,6 +433,7 @@ class LearnedDrafter(Drafter):
                 raise CheckpointError(f"tensor {name!r} of drafter {self.name!r} holds numbers that are not finite")
         module.load_state_dict(tensors)
         self.module = module.to(target.dtype).eval()
+        round_weights(self.module)
 
     def weights(self) -> dict[str, Tensor]:
         """The module's tensors, whole (every process of a sharded run must ask at once)."""
@@ -466,6 +468,7 @@ class LearnedDrafter(Drafter):
             module.taps = self.module.taps  # layers were added on top: the same ones are read
         widen_module(widening, self.module, module)
         wide.module = module.to(target.dtype).eval()
+        round_weights(wide.module)
         wide._take(target)
         return wide
 
