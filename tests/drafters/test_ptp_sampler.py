@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import warnings
 
 import pytest
 import torch
@@ -152,13 +153,16 @@ def test_requests_that_draw_and_greedy_ones_share_a_chain(exact):
     head = DraftHead(exact, 25, "target", torch.arange(0, 40)[5:30])
     slots, states = torch.randn(2, 3, exact.hidden_size).double(), torch.randn(2, exact.hidden_size).double()
     token, numbers = torch.tensor([7, 9]), torch.rand(2, 3, dtype=torch.float64)
-    for draws in itertools.product((False, True), repeat=2):
-        tokens, scores = follow(sampler, exact, head, slots, token, states, numbers, draws, 3)
+    noise = torch.zeros(2, 3, 25)
+    noise[1] = -torch.empty(3, 25).exponential_().log()
+    for draws, race in itertools.product(itertools.product((False, True), repeat=2), (None, noise)):
+        tokens, scores = follow(sampler, exact, head, slots, token, states, numbers, draws, 3, race)
         assert tokens.shape == (2, 3, 3)
         assert 5 <= int(tokens.min()) <= int(tokens.max()) < 30, "of the draft vocabulary"
         for b in range(2):
             row = slice(b, b + 1)
-            alone = follow(sampler, exact, head, slots[row], token[row], states[row], numbers[row], draws[row], 3)
+            own = None if race is None else race[row]
+            alone = follow(sampler, exact, head, slots[row], token[row], states[row], numbers[row], draws[row], 3, own)
             assert torch.equal(alone[0], tokens[row])
             torch.testing.assert_close(alone[1], scores[row])
 
@@ -341,10 +345,28 @@ def test_a_merged_one_drafts_as_it_does_alone(exact):
     assert rounds[0] == rounds[1]
 
 
-def test_gumbel_noise_is_warned_about_where_laws_are_drawn_from(exact):
-    engine = Engine(exact, learned(exact, "ptp:mode=mask,rank=4,sampler=true"), stand_down=False)
+@pytest.mark.parametrize("options", ["", ",sampler=true", ",sampler=true,vocabulary=30", ",branches=3"], ids=str)
+def test_laws_that_read_no_numbers_race_with_gumbel_noise(exact, options):
+    """So hot that laws hardly depend on context, noise decides: slots that race with it hit, by arg-max few do."""
+    spec = f"ptp:mode=mask,rank=4,slots=4,temperature=30{options}"
+    found = {}
+    for way in ("auto", "argmax"):
+        engine = Engine(exact, learned(exact, f"{spec},read={way}"), stand_down=False)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", UserWarning)
+            output = engine.generate([PROMPTS[0]], max_new_tokens=60, temperature=30.0, seed=3, ignore_eos=True)[0]
+        engine.close()
+        found[way] = output.emitted_per_round
+    assert found["auto"] > found["argmax"] + 0.2, found
+
+
+def test_numbers_in_slots_and_gumbel_noise_are_warned_about(exact):
+    engine = Engine(exact, learned(exact, "ptp:mode=categorical,rank=4,sampler=true"), stand_down=False)
     with pytest.warns(UserWarning, match="noise='gumbel' decides tokens otherwise"):
         engine.generate([PROMPTS[0]], max_new_tokens=4, temperature=1.0, noise="gumbel")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        engine.generate([PROMPTS[0]], max_new_tokens=4, temperature=1.0, noise="uniform")
     engine.close()
 
 

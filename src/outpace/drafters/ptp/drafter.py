@@ -108,7 +108,7 @@ class Ptp(LearnedDrafter):
         branches: candidates per position; above 1, drafts are trees of them. With a sampler, all but the likeliest of
             each position are leaves, for what follows was asked behind the likeliest.
         draft_len: most tokens along a path; 0 for as many as slots allow.
-        read: how slots that predict laws are read at temperature > 0: "path" (drawn with the position's own number),
+        read: how slots that predict laws are read at temperature > 0: "path" (drawn with the position's own noise),
             "argmax", or "auto": "path" for slots that carry numbers or have a sampler, "argmax" for others.
         adaptive: go on calibrating while decoding. Off by default: drafts (never text) would depend on earlier ones.
     """
@@ -242,7 +242,7 @@ class Ptp(LearnedDrafter):
             top_k=self.top_k or None,
             top_p=self.top_p if self.top_p < 1 else None,
             min_p=self.min_p or None,
-            noise="uniform",
+            noise="uniform" if self.shape.reads else "gumbel",
         )
 
     @property
@@ -423,8 +423,8 @@ class Ptp(LearnedDrafter):
         if longest == 0:
             return
         rows_of = rows_of[:, :longest]
-        drawn = self._numbers(context.requests, plan.predicted.gather(1, rows_of))
-        guesses, scores = self._guess(context, walks, read, rows_of, ended, drawn, plan.branch.shape[1])
+        predicted = plan.predicted.gather(1, rows_of)
+        guesses, scores = self._guess(context, walks, read, rows_of, ended, predicted, plan.branch.shape[1])
         for request, depth, tokens, said in zip(
             context.requests, depths, guesses.tolist(), scores.tolist(), strict=True
         ):
@@ -440,21 +440,24 @@ class Ptp(LearnedDrafter):
         read: Readout,
         group: Tensor,
         ended: Tensor,
-        drawn: Tensor,
+        predicted: Tensor,
         count: int,
     ) -> tuple[Tensor, Tensor]:
         """What the slots of a group [B, M] say, best first: (tokens, scores), each [B, M, branches].
 
-        group: which of the `count` slots of the pass. ended: [B], the main row at which each walk ended. drawn: [B, M]
-        float64, numbers of the predicted positions.
+        group: which of the `count` slots of the pass. ended: [B], the main row at which each walk ended. predicted:
+        [B, M], positions.
         """
-        draws = [self.draws(request.sampler) for request in context.requests]
+        requests, module = context.requests, self.module
+        draws = [self.draws(request.sampler) for request in requests]
+        drawn = self._numbers(requests, predicted)
+        race = self._race(requests, predicted)
         at = torch.arange(len(walks))[:, None]
-        module = self.module
         if module.sampler is None:
             assert read.scout_logits is not None  # asked for
             device = read.scout_logits.device
             logits, numbers = read.scout_logits[at.to(device), group.to(device)], drawn.to(device)
+            logits = logits if race is None else logits.float() + race
             found = [
                 rows.read_out(logits[b], numbers[b] if draw else None, min(self.branches, logits.shape[-1]))
                 for b, draw in enumerate(draws)
@@ -474,11 +477,33 @@ class Ptp(LearnedDrafter):
             drawn.to(device),
             draws,
             self.branches,
+            race,
         )
 
     def draws(self, sampler: Sampler) -> bool:
         """Whether slots are read by drawing from their laws with the path's numbers, not by arg-max."""
-        return self._draws and not sampler.greedy
+        return self._draws and not sampler.greedy and not _races(sampler)
+
+    def _race(self, requests: Sequence[RequestContext], predicted: Tensor) -> Tensor | None:
+        """Gumbel noise of predicted positions [B, M] for the ids the laws are over, zero where it decides nothing.
+
+        [B, M, Vd] float32; None where it decides for nobody, or where slots predict tokens, or are to be read by
+        arg-max.
+        """
+        device, head = self.target.device, self.module.head
+        raced = [not request.sampler.greedy and _races(request.sampler) for request in requests]
+        if not any(raced) or not self.shape.law or self.read == "argmax":
+            return None
+        vocabulary = self.target.vocabulary
+        ids = None if head is None or not head.reduced else head.ids
+        found = torch.zeros(*predicted.shape, vocabulary if ids is None else len(ids), device=device)
+        for b, (request, races) in enumerate(zip(requests, raced, strict=True)):
+            dice = request.sampler.dice
+            if races and isinstance(dice, NoiseDice):
+                for j, position in enumerate(predicted[b].tolist()):
+                    noise = dice.gumbel(position, vocabulary, device)
+                    found[b, j] = noise if ids is None else noise[ids]
+        return found
 
     @property
     def _draws(self) -> bool:
@@ -536,11 +561,11 @@ class Ptp(LearnedDrafter):
         if self.any_temperature:
             trained["temperature"] = settings.temperature
         key = (*asked.values(), settings.noise)
-        reads = self.shape.reads or (self._draws and settings.temperature > 0)
-        if key in self._warned or (not reads and settings.noise == "uniform"):
+        warm = settings.temperature > 0
+        if key in self._warned or not (self.shape.reads or (self._draws and warm)):
             return
         self._warned.add(key)
-        if settings.noise == "gumbel" and reads:
+        if settings.noise == "gumbel" and warm and self.shape.reads:
             warnings.warn(
                 "drafter 'ptp' reads numbers of the inverse CDF, and noise='gumbel' decides tokens otherwise: hardly a "
                 "draft will hit (the text is not affected). Use noise='uniform', or another drafter",
@@ -562,6 +587,11 @@ class Ptp(LearnedDrafter):
                 "trained",
                 stacklevel=2,
             )
+
+
+def _races(sampler: Sampler) -> bool:
+    """Whether Gumbel noise decides this request's tokens."""
+    return isinstance(sampler.dice, NoiseDice) and sampler.dice.kind == "gumbel"
 
 
 def _paths(tree: Tree) -> list[tuple[int, ...]]:

@@ -131,8 +131,9 @@ def safety(left: Tensor, right: Tensor, u: Tensor, width: float = WIDTH) -> Tens
 def read_out(logits: Tensor, u: Tensor | None, count: int = 1, width: float = WIDTH) -> tuple[Tensor, Tensor]:
     """Guesses of slots, best first: (tokens [..., count], scores [..., count] in [0, 1]).
 
-    logits: [..., V]; u: None to take the likeliest tokens, their probability being the score, or [...] float64, the
-    numbers of the predicted positions, to draw (`draw_scored`): the drawn token first, then its neighbours by score.
+    logits: [..., V], with the positions' Gumbel noise added where that decides; u: None to take the likeliest tokens,
+    their probability being the score, or [...] float64, the numbers of the predicted positions, to draw
+    (`draw_scored`): the drawn token first, then its neighbours by score.
     """
     law = torch.softmax(logits.float(), -1)
     if u is None:

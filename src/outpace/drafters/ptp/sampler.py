@@ -101,6 +101,7 @@ def follow(
     numbers: Tensor,
     draws: Sequence[bool],
     count: int = 1,
+    race: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Guesses along the likeliest chain: (tokens [B, M, count] target ids, scores [B, M, count]), best first.
 
@@ -112,8 +113,9 @@ def follow(
         token: [B], what the walk drew.
         state: [B, H], of the row that gave its law.
         numbers: [B, M] float64, of the predicted positions.
-        draws: per request, whether its laws are drawn from; the likeliest token is taken otherwise.
+        draws: per request, whether its laws are drawn from by numbers; the likeliest token is taken otherwise.
         count: candidates per depth; the first is passed on.
+        race: [B, M, Vd] float32, Gumbel noise added to the head's logits, zero where it decides nothing; or None.
     """
     score_all = whole_head(target) if head is None else head
     mixed = torch.tensor(draws, device=slots.device)[:, None] if any(draws) and not all(draws) else None
@@ -121,6 +123,8 @@ def follow(
     for j in range(slots.shape[1]):
         state = sampler(slots[:, j], target.embed(token).to(slots.dtype), state)
         logits = score_all(state)
+        if race is not None:
+            logits = logits.float() + race[:, j]
         most = min(count, logits.shape[-1])
         guess, score = read_out(logits, numbers[:, j].contiguous() if any(draws) else None, most)
         if mixed is not None:
