@@ -128,12 +128,12 @@ def acceptance_table(result: dict[str, Any]) -> str:
         lines.append(
             f"| {row['drafter']} | {row['temperature']:g} | **{row['emitted_per_round']:.2f}** | {per_task} | {rates} |"
         )
-    asked = about["asked"]
+    asked, dtype = about["asked"], about["dtype"].removeprefix("torch.")
     lines += [
         "",
-        f"{about['model']}, {about['device']}, {about['dtype']}: {about['questions']} first turns of Spec-Bench "
-        f"({asked['per_task']} a task), {asked['tokens']} new tokens at most, batch {asked['batch']}, "
-        f"seed {asked['seed']}, {asked.get('noise', 'uniform')} noise. torch {about['torch']}, "
+        f"{about['model']}, {about['device']}, {dtype}: {about['questions']} first "
+        f"turns of Spec-Bench ({asked['per_task']} a task), {asked['tokens']} new tokens at most, "
+        f"batch {asked['batch']}, seed {asked['seed']}, {asked.get('noise', 'uniform')} noise. torch {about['torch']}, "
         f"transformers {about['transformers']}.",
     ]
     return "\n".join(lines) + "\n"
