@@ -1,4 +1,10 @@
-"""Small corpora written by tiny targets. Not a test."""
+"""Small corpora written by tiny targets, and what trains on them. Not a test."""
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
 
 from outpace.drafters.eagle import Eagle, Eagle3
 from outpace.drafters.medusa import Medusa
@@ -7,6 +13,8 @@ from outpace.train import Corpus, CorpusSettings, Trainer, TrainSettings, write_
 from outpace.train.prompts import PromptLine, PromptReport
 from tiny import PROMPTS, target
 
+SRC = Path(__file__).resolve().parents[2] / "src"
+TESTS = Path(__file__).resolve().parents[1]
 HELD_OUT = PromptLine("h0", "", [9, 9, 4, 9])  # its CRC-32 is a multiple of 50
 LINES = [PromptLine(f"p{i}", "", prompt) for i, prompt in enumerate(PROMPTS)]
 
@@ -33,3 +41,24 @@ def trainer(drafter, documents, out, *, recipe=None, ranks=None, **settings):
     drafter.recipe = drafter.recipe.replace(**{**small, **(recipe or {})})
     chosen = {"steps": 20, "optimizer": "adamw", "eval_every": 0, "save_every": 0, **settings}
     return Trainer(target(), drafter, documents, out, TrainSettings(**chosen), ranks=ranks)
+
+
+def free_port():
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        return one.getsockname()[1]
+
+
+def run_in_two(script, *arguments):
+    """Run a script in two processes that find one another, as ranks 0 and 1; both have to end well."""
+    children, port = [], free_port()
+    for rank in range(2):
+        environment = {
+            **os.environ, "PYTHONPATH": f"{SRC}", "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore", "RANK": f"{rank}",
+            "WORLD_SIZE": "2", "LOCAL_RANK": f"{rank}", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": f"{port}",
+        }  # fmt: skip
+        command = [sys.executable, "-c", script, *arguments]
+        children.append(subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True))
+    for child in children:
+        error = child.communicate(timeout=240)[1]
+        assert child.returncode == 0, error

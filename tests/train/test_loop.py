@@ -4,11 +4,9 @@ import json
 import os
 import random
 import signal
-import socket
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 import torch
@@ -20,10 +18,7 @@ from outpace.errors import CheckpointError, ConfigError
 from outpace.train.evaluate import decode, simulate
 from outpace.train.states import FOLDER, latest_state
 from tiny import PROMPTS, target
-from train.corpora import HELD_OUT, LINES, MAKERS, corpus, trainer
-
-SRC = Path(__file__).resolve().parents[2] / "src"
-TESTS = Path(__file__).resolve().parents[1]
+from train.corpora import HELD_OUT, LINES, MAKERS, SRC, TESTS, corpus, run_in_two, trainer
 
 OVERFIT = {
     "eagle3": {"depths": 4, "lr": 6e-3},
@@ -201,23 +196,7 @@ def test_two_processes_train_as_one(parallel, tmp_path):
     """T-DP: sums over one global number of answer tokens, so the split of rows does not matter."""
     documents = corpus(tmp_path / "c", temperatures=(0.0, 0.8))
     trainer(MAKERS["eagle3"](), documents, tmp_path / "one", recipe={"rows": 1, "depths": 2}, steps=3).run()
-    children, port = [], free_port()
-    for rank in range(2):
-        environment = {
-            **os.environ, "PYTHONPATH": f"{SRC}", "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore", "RANK": f"{rank}",
-            "WORLD_SIZE": "2", "LOCAL_RANK": f"{rank}", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": f"{port}",
-        }  # fmt: skip
-        arguments = [sys.executable, "-c", RANKS, tmp_path / "c", tmp_path / "two", TESTS, parallel]
-        children.append(subprocess.Popen(arguments, env=environment, stderr=subprocess.PIPE, text=True))
-    for child in children:
-        error = child.communicate(timeout=240)[1]
-        assert child.returncode == 0, error
+    run_in_two(RANKS, tmp_path / "c", tmp_path / "two", TESTS, parallel)
     one, two = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "two"))
     for name, value in one.items():
         torch.testing.assert_close(two[name].float(), value.float(), atol=2e-3, rtol=2e-2)
-
-
-def free_port():
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        return one.getsockname()[1]

@@ -1,9 +1,6 @@
 """Training target and heads together: gradients, schedule, what is saved, what it decodes, how it continues."""
 
 import json
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -18,8 +15,7 @@ from outpace.errors import ConfigError
 from outpace.target import Target, run_packed, save_target, tuned_by, tuned_copy
 from outpace.train.evaluate import drift, simulate
 from tiny import FAMILIES, GENERIC, PROMPTS, target
-from train.corpora import HELD_OUT, LINES, corpus, trainer
-from train.test_loop import SRC, TESTS, free_port
+from train.corpora import HELD_OUT, LINES, TESTS, corpus, run_in_two, trainer
 
 CHAIN = ((0,), (0, 0), (0, 0, 0))
 
@@ -297,17 +293,7 @@ with Ranks.joined() as ranks:
 def test_two_processes_tune_as_one(parallel, tmp_path):
     documents = corpus(tmp_path / "c", temperatures=(0.0, 0.8), lines=[*LINES, HELD_OUT])
     trainer(medusa(), documents, tmp_path / "one", recipe={"rows": 1, "depths": 3}, steps=3, eval_tokens=4).run()
-    children, port = [], free_port()
-    for rank in range(2):
-        environment = {
-            **os.environ, "PYTHONPATH": f"{SRC}", "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore", "RANK": f"{rank}",
-            "WORLD_SIZE": "2", "LOCAL_RANK": f"{rank}", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": f"{port}",
-        }  # fmt: skip
-        arguments = [sys.executable, "-c", RANKS, tmp_path / "c", tmp_path / "two", TESTS, parallel]
-        children.append(subprocess.Popen(arguments, env=environment, stderr=subprocess.PIPE, text=True))
-    for child in children:
-        error = child.communicate(timeout=240)[1]
-        assert child.returncode == 0, error
+    run_in_two(RANKS, tmp_path / "c", tmp_path / "two", TESTS, parallel)
     for file in ("model.safetensors", "target/model.safetensors"):
         one, two = (load_file(tmp_path / name / file) for name in ("one", "two"))
         for name, value in one.items():

@@ -8,7 +8,7 @@ import torch
 
 from outpace.drafters.growth import Draws
 from outpace.errors import ConfigError
-from outpace.laws import DraftKind, Key, NoiseDice, Stream, Tree
+from outpace.laws import DraftKind, Key, NoiseDice, NoiseKind, Sampler, Stream, Tree
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -56,10 +56,16 @@ def chain_of(tokens: list[int], laws: list[Tensor]) -> Tree:
     return Tree.chain(tokens, kind="iid", laws=torch.stack([*laws, torch.zeros_like(laws[0])]))
 
 
+def deciding_dice(sampler: Sampler, kind: NoiseKind) -> NoiseDice | None:
+    """A request's dice where noise of this kind decides its tokens, or None."""
+    dice = sampler.dice
+    return dice if not sampler.greedy and isinstance(dice, NoiseDice) and dice.kind == kind else None
+
+
 def numbers_ahead(request: RequestContext, count: int) -> list[float] | None:
     """The path's numbers of the next `count` positions, or None where they decide nothing (greedy, Gumbel noise)."""
-    dice = request.sampler.dice
-    if request.sampler.greedy or not isinstance(dice, NoiseDice) or dice.kind != "uniform":
+    dice = deciding_dice(request.sampler, "uniform")
+    if dice is None:
         return None
     start = len(request.tokens)
     return [dice.uniform(Key(Stream.PATH, start + ahead)) for ahead in range(count)]
@@ -67,12 +73,19 @@ def numbers_ahead(request: RequestContext, count: int) -> list[float] | None:
 
 def race_ahead(request: RequestContext, count: int, head: DraftHead) -> Tensor | None:
     """The Gumbel noise of the next `count` positions, [count, Vd] float32, or None where none decides."""
-    dice = request.sampler.dice
-    if request.sampler.greedy or not isinstance(dice, NoiseDice) or dice.kind != "gumbel":
+    dice = deciding_dice(request.sampler, "gumbel")
+    if dice is None:
         return None
-    start, device = len(request.tokens), head.weight.device
-    noise = torch.stack([dice.gumbel(start + ahead, head.vocabulary, device) for ahead in range(count)])
-    return noise[:, head.ids] if head.reduced else noise
+    start, ids = len(request.tokens), head.ids if head.reduced else None
+    return race_at(dice, range(start, start + count), head.vocabulary, ids, head.weight.device)
+
+
+def race_at(
+    dice: NoiseDice, positions: Sequence[int], vocabulary: int, ids: Tensor | None, device: torch.device
+) -> Tensor:
+    """Gumbel noise at positions, [n, Vd] float32; ids: [Vd] the ids it is for, None for the whole vocabulary."""
+    noise = torch.stack([dice.gumbel(position, vocabulary, device) for position in positions])
+    return noise if ids is None else noise[:, ids]
 
 
 def draws_ahead(requests: Sequence[RequestContext], count: int, head: DraftHead, coupling: float) -> Draws | None:

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from outpace.errors import CheckpointError, ConfigError
-from outpace.target.skinny import Eight, linear, serves
+from outpace.target.skinny import Eight, linear
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -91,9 +91,7 @@ class DraftHead(nn.Module):
 
     def forward(self, hidden: Tensor) -> Tensor:
         """[..., H] -> [..., size]."""
-        if self.eight is not None and serves(self.eight, hidden):
-            return self.eight(hidden)
-        return linear(hidden, self.weight.to(hidden.dtype))
+        return linear(hidden, self.weight.to(hidden.dtype), eight=self.eight)
 
     def to_target(self, drafted: Tensor) -> Tensor:
         """Draft ids -> target ids."""

@@ -26,8 +26,10 @@ LEAST: Final = 1 << 16  # numbers of a weight worth rounding
 MOST_EIGHT: Final = 8  # rows whose product is quicker in eight bits
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """[..., K], [N, K], [N] -> [..., N]."""
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, eight: Eight | None = None) -> Tensor:
+    """[..., K], [N, K], [N] -> [..., N]; `eight` is weight and bias in eight bits, taken where that is quicker."""
+    if eight is not None and eight.serves(x):
+        return eight(x)
     if x.device.type != "cpu" or x.dtype != torch.float32 or torch.is_grad_enabled():
         return F.linear(x, weight, bias)
     rows = x.numel() // x.shape[-1]
@@ -53,6 +55,12 @@ class Eight:
         scales = (weight.abs().amax(1) / 127).clamp_min(1e-12)
         self.rounded = (weight / scales[:, None]).round().to(torch.int8)
         self.scales, self.bias = scales.bfloat16(), None if bias is None else bias.detach()
+
+    def serves(self, x: Tensor) -> bool:
+        """Whether it may take this product: of few rows, on a CPU in float32, without gradients."""
+        if x.dtype != torch.float32 or x.device.type != "cpu" or torch.is_grad_enabled():
+            return False
+        return 0 < x.numel() <= MOST_EIGHT * x.shape[-1]
 
     def __call__(self, x: Tensor) -> Tensor:
         """[..., K] float32 -> [..., N]."""
@@ -83,13 +91,6 @@ def round_weights(module: nn.Module) -> None:
             setattr(layer, "eight", Eight(weight, getattr(layer, "bias", None)))  # noqa: B010  # of both classes
 
 
-def serves(eight: Eight | None, x: Tensor) -> bool:
-    """Whether a rounded weight may take this product."""
-    if eight is None or x.dtype != torch.float32 or x.device.type != "cpu" or torch.is_grad_enabled():
-        return False
-    return 0 < x.numel() <= MOST_EIGHT * x.shape[-1]
-
-
 class Linear(nn.Linear):
     """A linear layer that takes its product so.
 
@@ -101,6 +102,4 @@ class Linear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., K] -> [..., N]."""
-        if self.eight is not None and serves(self.eight, x):
-            return self.eight(x)
-        return linear(x, self.weight, self.bias)
+        return linear(x, self.weight, self.bias, self.eight)

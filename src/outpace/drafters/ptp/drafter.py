@@ -15,6 +15,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 
+from outpace.drafters.ahead import deciding_dice, race_at
 from outpace.drafters.base import Context, Needs, RequestContext
 from outpace.drafters.heads import choose_ids, special_ids
 from outpace.drafters.learning import Batch, LearnedDrafter, Losses, Recipe
@@ -482,7 +483,7 @@ class Ptp(LearnedDrafter):
 
     def draws(self, sampler: Sampler) -> bool:
         """Whether slots are read by drawing from their laws with the path's numbers, not by arg-max."""
-        return self._draws and not sampler.greedy and not _races(sampler)
+        return self._draws and not sampler.greedy and deciding_dice(sampler, "gumbel") is None
 
     def _race(self, requests: Sequence[RequestContext], predicted: Tensor) -> Tensor | None:
         """Gumbel noise of predicted positions [B, M] for the ids the laws are over, zero where it decides nothing.
@@ -491,18 +492,15 @@ class Ptp(LearnedDrafter):
         arg-max.
         """
         device, head = self.target.device, self.module.head
-        raced = [not request.sampler.greedy and _races(request.sampler) for request in requests]
-        if not any(raced) or not self.shape.law or self.read == "argmax":
+        dice = [deciding_dice(request.sampler, "gumbel") for request in requests]
+        if not any(dice) or not self.shape.law or self.read == "argmax":
             return None
         vocabulary = self.target.vocabulary
         ids = None if head is None or not head.reduced else head.ids
         found = torch.zeros(*predicted.shape, vocabulary if ids is None else len(ids), device=device)
-        for b, (request, races) in enumerate(zip(requests, raced, strict=True)):
-            dice = request.sampler.dice
-            if races and isinstance(dice, NoiseDice):
-                for j, position in enumerate(predicted[b].tolist()):
-                    noise = dice.gumbel(position, vocabulary, device)
-                    found[b, j] = noise if ids is None else noise[ids]
+        for row, positions, one in zip(found, predicted.tolist(), dice, strict=True):
+            if one is not None:
+                row.copy_(race_at(one, positions, vocabulary, ids, device))
         return found
 
     @property
@@ -587,11 +585,6 @@ class Ptp(LearnedDrafter):
                 "trained",
                 stacklevel=2,
             )
-
-
-def _races(sampler: Sampler) -> bool:
-    """Whether Gumbel noise decides this request's tokens."""
-    return isinstance(sampler.dice, NoiseDice) and sampler.dice.kind == "gumbel"
 
 
 def _paths(tree: Tree) -> list[tuple[int, ...]]:
