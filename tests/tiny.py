@@ -61,8 +61,8 @@ def make_model(name="llama", *, seed=0, sharpness=5.0, dtype=torch.float32, **ch
 
 @functools.cache
 def target(name="llama", dtype=torch.float32):
-    """A shared target of a family."""
-    return Target(make_model(name, dtype=dtype))
+    """A shared target of a family, frozen as training freezes it: no test leaves gradients to another."""
+    return Target(make_model(name, dtype=dtype).requires_grad_(False))
 
 
 @functools.cache
