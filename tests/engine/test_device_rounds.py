@@ -13,6 +13,7 @@ from outpace.drafters.device.following import FollowingDraft
 from outpace.drafters.eagle import Eagle, Eagle2, Eagle3
 from outpace.drafters.medusa import Medusa
 from outpace.drafters.mtp import MTP, MTPHeads
+from outpace.engine import engine as engine_module
 from outpace.engine.device import rounds as rounds_module
 from spies import paths_laid, submit_all, trees_proposed
 from tiny import DEFAULT_PATHS, PROMPTS
@@ -130,14 +131,45 @@ def test_requests_join_leave_and_stand_down(name, monkeypatch):
     assert {key: found[key] for key in shared} == {key: said[key] for key in shared}
 
 
+LAWS = [
+    {"temperature": 0.9, "top_p": 0.7},
+    {"temperature": 1.2, "top_k": 5, "noise": "uniform"},
+    {"temperature": 1.3, "top_k": 20, "top_p": 0.9, "min_p": 0.05},
+    {},
+]
+
+
+@pytest.mark.usefixtures("_unfused")
+@pytest.mark.parametrize(("name", "laws"), [(None, LAWS), ("medusa", LAWS[2:3])], ids=["plain", "medusa"])
+def test_truncated_laws_of_all_kinds_stay_on_the_device(name, laws, monkeypatch):
+    target = uncaptured_target(monkeypatch)
+    options = {"max_new_tokens": 5, "seed": 5, "ignore_eos": True}
+    plain = Engine(target, path="readable")
+    wanted = [
+        plain.generate(prompt, request=i, **options, **law)[0].tokens
+        for i, (prompt, law) in enumerate(zip(PROMPTS, laws, strict=False))
+    ]
+    drafter = awake(MAKERS[name](), target) if name else None
+    engine = Engine(target, drafter, stand_down=False, check_integrity=True)
+    monkeypatch.setattr(engine_module, "play_round", None)  # not to be called
+    uids = [
+        engine.submit(prompt, request=i, **options, **law)
+        for i, (prompt, law) in enumerate(zip(PROMPTS, laws, strict=False))
+    ]
+    done = {}
+    while engine.active:
+        done |= {p.uid: p.chunk.output.tokens for p in engine.step() if p.chunk.output is not None}
+    assert [done[uid] for uid in uids] == wanted
+
+
 @pytest.mark.usefixtures("_unfused")
 def test_steady_state_captures_nothing_and_settings_may_change(monkeypatch):
     target = uncaptured_target(monkeypatch)
     drafter = awake(MAKERS["eagle3"](), target)
     engine = Engine(target, drafter, stand_down=False, check_integrity=True)
     plain = Engine(target, path="readable")
-    options = {"max_new_tokens": 8, "seed": 5, "ignore_eos": True}
-    for changes in ({"temperature": 0.9}, {"temperature": 0.0}, {"temperature": 0.9, "top_p": 0.8}) * 2:
+    options = {"max_new_tokens": 5, "seed": 5, "ignore_eos": True}
+    for changes in ({"temperature": 0.9}, {"temperature": 0.0}, {"temperature": 0.9, "repetition_penalty": 1.3}) * 2:
         seen = target.fast.capture.graphs
         found = engine.generate(PROMPTS[0], **options, **changes)[0]
         assert found.tokens == plain.generate(PROMPTS[0], **options, **changes)[0].tokens

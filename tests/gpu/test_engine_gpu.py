@@ -132,6 +132,44 @@ def test_bf16_chains_are_equal_bit_for_bit():
         assert [o.tokens for o in found] == [o.tokens for o in wanted], seed
 
 
+@pytest.mark.parametrize("drafter", [None, "prompt_lookup:min_ngram=1,branches=3,draft_len=5"])
+@pytest.mark.parametrize(
+    "law", [{"top_p": 0.8}, {"top_k": 7, "noise": "uniform"}, {"top_p": 0.95, "min_p": 0.05}], ids=str
+)
+def test_truncated_laws_stay_on_the_device(pair, law, drafter, monkeypatch):
+    from outpace.engine import engine as engine_module
+
+    _, target = pair
+    options = {"max_new_tokens": 40, "temperature": 1.1, "seed": 11, **law}
+    wanted = Engine(target, path="readable").generate(PROMPTS, **options)
+    engine = Engine(target, drafter, path="fast", stand_down=False, check_integrity=True)
+    monkeypatch.setattr(engine_module, "play_round", None)  # not to be called
+    assert [o.tokens for o in engine.generate(PROMPTS, **options)] == [o.tokens for o in wanted]
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    "law", [{"top_k": 50}, {"top_p": 0.9}, {"top_p": 0.999, "top_k": 3000}, {"min_p": 0.02}], ids=str
+)
+def test_a_large_vocabulary_is_truncated_as_warp_does(law, dtype):
+    from outpace.engine.device.truncation import Truncation, cut_rows
+    from outpace.laws import Settings, warp
+    from truncated import kept_ids
+
+    logits = (2.5 * torch.randn(2, 3, 151_936, generator=torch.Generator().manual_seed(0))).to("cuda", dtype)
+    laws = [Settings(temperature=heat, **law) for heat in (0.7, 1.3)]
+    cut = Truncation.room(2, logits.device)
+    cut.load(laws)
+    cuts, lasts = (torch.empty(6, dtype=torch.int32, device="cuda") for _ in range(2))
+    cut_rows(logits, torch.tensor([0.7, 1.3], device="cuda"), cut, cuts, lasts)
+    for b, one in enumerate(laws):
+        wanted, mass = warp(logits[b].float(), one) > 0, torch.softmax(logits[b].double() / one.temperature, -1)
+        for row in range(3):
+            found = kept_ids(logits[b, row], int(cuts[3 * b + row]), int(lasts[3 * b + row]))
+            assert float(mass[row][found != wanted[row]].sum()) < 1e-6
+
+
 def test_settings_with_history_take_the_readable_round_over_captured_passes(pair):
     _, target = pair
     options = {"max_new_tokens": 20, "temperature": 0.9, "seed": 3, "top_p": 0.8, "repetition_penalty": 1.3}

@@ -11,7 +11,8 @@ from interpreted import require_interpreter
 require_interpreter()
 
 from outpace.engine.device.kernels import Chance, Chooser, Keys, advance, walk
-from outpace.laws import Noise, NoiseDice, Sampler, Settings, Tree
+from outpace.engine.device.truncation import Truncation, cut_rows
+from outpace.laws import Noise, NoiseDice, Sampler, Settings, Tree, warp
 from outpace.laws.rules import walk_path
 from outpace.target import Block, Target
 from outpace.target.fast import forward as forward_module
@@ -20,6 +21,7 @@ from outpace.target.fast.forward import Forward, Inputs
 from outpace.target.fast.graphs import pack_bits
 from outpace.target.fast.plan import joined_names, make_plan
 from tiny import PROMPTS, make_model
+from truncated import kept_ids
 
 TAPS = ("in:1", "pre_norm", "post_norm")
 
@@ -77,7 +79,8 @@ def test_choosing_and_walking_are_the_path_rule(kinds):
     raced = torch.tensor([int(t > 0 and kind == "gumbel") for t, kind in zip(temperatures, kinds, strict=True)])
     keys = Keys(torch.tensor([_signed(s) for s in seeds]), torch.tensor([_signed(r) for r in requests]), raced)
     chance = Chance("uniform" in kinds[1:], "gumbel" in kinds[1:])
-    chosen = chooser(logits, torch.tensor(temperatures), keys, positions.view(-1), chance=chance).view(batch, rows)
+    heat, cut = torch.tensor(temperatures), Truncation.room(batch, logits.device)
+    chosen = chooser(logits, heat, cut, keys, positions.view(-1), chance=chance).view(batch, rows)
     for b, sampler in enumerate(samplers):
         for row in range(rows):
             assert int(chosen[b, row]) == sampler.choose(logits[b, row], [0] * (int(positions[b, row]) + 1))
@@ -110,10 +113,80 @@ def test_no_law_is_no_token():
     one = torch.zeros(1, dtype=torch.int64)
     for heat, kind in ((0.0, 0), (1.0, 0), (1.0, 1)):
         keys = Keys(one, one, one + kind)
-        found = chooser(
-            logits, torch.tensor([heat]), keys, torch.zeros(2, dtype=torch.int64), chance=Chance(True, bool(kind))
-        )
-        assert found.tolist() == [-1, -1]
+        for truncated in (False, True):
+            chance, cut = Chance(True, bool(kind), truncated), Truncation.room(1, logits.device)
+            if truncated:
+                cut.load([Settings(temperature=1.0, top_p=0.9, top_k=3, min_p=0.1)])
+            where = torch.zeros(2, dtype=torch.int64)
+            assert chooser(logits, torch.tensor([heat]), cut, keys, where, chance=chance).tolist() == [-1, -1]
+
+
+CUTS = [
+    {"top_k": 1},
+    {"top_k": 7},
+    {"top_k": 5000},
+    {"top_p": 0.9},
+    {"top_p": 0.0001},
+    {"top_p": 0.9999},
+    {"min_p": 0.02},
+    {"min_p": 1.0},
+    {"top_k": 40, "top_p": 0.8},
+    {"top_p": 0.95, "min_p": 0.1},
+    {"top_k": 30, "top_p": 0.9, "min_p": 0.05},
+    {},
+]
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("settings", CUTS, ids=str)
+def test_a_truncated_law_keeps_what_warp_keeps(settings, dtype):
+    """Also where bfloat16 makes ids tie at the edge, with forbidden ids, and at all temperatures of a batch.
+
+    Sums run in another order, so ids that hold 1e-6 of the mass together may stand on the other side of the edge.
+    """
+    heats, rows, vocabulary = [0.3, 1.0, 1.7], 2, 1300
+    logits = 3 * torch.randn(len(heats), rows, vocabulary, generator=torch.Generator().manual_seed(0))
+    logits[:, 0, :40] = logits[:, 0, 40:80] = -0.0  # many ties
+    logits[:, 0, 80:120] = 0.0
+    logits[:, 1, 100:200] = float("-inf")
+    logits = logits.to(dtype)
+    laws = [Settings(temperature=heat, **settings) for heat in heats]
+    cut = Truncation.room(4, logits.device)
+    assert cut.load(laws) == bool(settings)
+    cuts, lasts = torch.empty(6, dtype=torch.int32), torch.empty(6, dtype=torch.int32)
+    cut_rows(logits, torch.tensor([*heats, 0.0]), cut, cuts, lasts)
+    for b, law in enumerate(laws):
+        wanted, mass = warp(logits[b].float(), law) > 0, torch.softmax(logits[b].double() / law.temperature, -1)
+        for row in range(rows):
+            found = kept_ids(logits[b, row], int(cuts[2 * b + row]), int(lasts[2 * b + row]))
+            found &= mass[row] > 0
+            assert float(mass[row][found != wanted[row]].sum()) < (1e-6 if law.top_p else 1e-30)
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("kinds", [("uniform", "uniform"), ("gumbel", "gumbel"), ("gumbel", "uniform")], ids="/".join)
+def test_truncated_choices_are_the_samplers(kinds):
+    """Beside a request that truncates nothing and a greedy one."""
+    given = [{"top_k": 12, "top_p": 0.7}, {"min_p": 0.05}, {}]
+    rows, vocabulary = 5, 3000
+    logits = 3 * torch.randn(4, rows, vocabulary, generator=torch.Generator().manual_seed(1)).bfloat16()
+    laws = [
+        *(Settings(temperature=0.9, noise=kinds[b % 2], seed=b, **some) for b, some in enumerate(given)),
+        Settings(),
+    ]
+    dice = [NoiseDice(Noise(law.seed), b, law.noise) for b, law in enumerate(laws)]
+    samplers = [Sampler(law, one) for law, one in zip(laws, dice, strict=True)]
+    positions = torch.arange(rows).repeat(4)
+    raced = torch.tensor([int(law.temperature > 0 and law.noise == "gumbel") for law in laws])
+    keys = Keys(torch.arange(4), torch.arange(4), raced)
+    cut = Truncation.room(4, logits.device)
+    chance = Chance("uniform" in kinds, "gumbel" in kinds, cut.load(laws))
+    chooser = Chooser(4 * rows, vocabulary, logits.device)
+    heats = torch.tensor([law.temperature for law in laws])
+    chosen = chooser(logits, heats, cut, keys, positions, chance=chance).view(4, rows)
+    for b, sampler in enumerate(samplers):
+        assert chosen[b].tolist() == [sampler.choose(logits[b, row], [0] * (row + 1)) for row in range(rows)]
 
 
 @torch.inference_mode()

@@ -32,6 +32,9 @@ class Sampler:
         dice: where chance comes from.
         prompt_length: number of prompt tokens; presence and frequency penalties count what follows.
         eos: ids that end the sequence (already resolved from settings and model).
+
+    Attributes:
+        memoryless: whether the law comes of a node's logits as they are, by temperature and truncation alone.
     """
 
     def __init__(self, settings: Settings, dice: Dice, *, prompt_length: int = 0, eos: Sequence[int] = ()) -> None:
@@ -40,7 +43,7 @@ class Sampler:
         self.prompt_length = prompt_length
         self.eos = tuple(eos)
         s = settings
-        self._plain_logits = not (
+        self.memoryless = not (
             s.logit_bias
             or s.processors
             or s.min_new_tokens
@@ -48,13 +51,6 @@ class Sampler:
             or s.presence_penalty
             or s.frequency_penalty
         )
-
-    @property
-    def plain(self) -> bool:
-        """Whether the law is softmax(logits / temperature), or arg-max: nothing depends on history or truncates."""
-        s = self.settings
-        truncates = s.top_k is not None or (s.top_p is not None and s.top_p < 1.0) or bool(s.min_p)
-        return self._plain_logits and not truncates
 
     @property
     def greedy(self) -> bool:
@@ -91,7 +87,7 @@ class Sampler:
     def scores(self, logits: Tensor, prefix: Sequence[int], *, custom: bool = True) -> Tensor:
         """Logits in float32 after every history-dependent processor, before temperature and truncation: [V]."""
         scores = logits if logits.dtype == torch.float64 else logits.float()
-        if self._plain_logits:
+        if self.memoryless:
             return scores
         settings = self.settings
         scores = scores.clone()

@@ -1,9 +1,9 @@
 """Choosing the path's token at every row, and walking the tree, on the device.
 
-The law is `laws.warp`'s for requests without truncation and history: softmax of logits over temperature in float32, its
-cumulated sum in float64, the path's number from Philox. The sums run in another order than torch's, so a draw within
-about 1e-7 of an edge of its interval may fall on the other side; greedy choices are the same outright. Gumbel noise is
-added in float32, whose last digits may differ from torch's.
+The law is `laws.warp`'s for requests without history: softmax of logits over temperature in float32, truncated
+(`truncation`), its cumulated sum in float64, the path's number from Philox. The sums run in another order than
+torch's, so a draw within about 1e-7 of an edge of its interval may fall on the other side; greedy choices are the same
+outright. Gumbel noise is added in float32, whose last digits may differ from torch's.
 """
 
 # Triton's language is its own: arguments have no Python types, and constants are written in capitals.
@@ -17,6 +17,8 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 import torch
 import triton
 import triton.language as tl
+
+from outpace.engine.device.truncation import Truncation, cut_rows, kept, shift_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -54,12 +56,13 @@ def gumbel_of(word):  # noqa: ANN201  # Triton's language
 
 @triton.jit
 def _peaks_kernel(
-    LOGITS, PEAKS, IDS, SUMS, TEMPERATURE, KINDS, SEEDS, REQUESTS, POSITIONS, R, V, TILES,
-    BLOCK: tl.constexpr, SAMPLED: tl.constexpr, RACED: tl.constexpr,
+    LOGITS, PEAKS, IDS, SUMS, TEMPERATURE, KINDS, SEEDS, REQUESTS, POSITIONS, CUTS, LASTS, R, V, TILES,
+    BLOCK: tl.constexpr, SAMPLED: tl.constexpr, RACED: tl.constexpr, CUT: tl.constexpr, SHIFT: tl.constexpr,
 ):  # fmt: skip
     """Largest logit of a tile, its lowest id, and (if sampled) the sum of exp((logit - largest) / temperature).
 
     RACED: where the request's tokens are decided by Gumbel noise, logit / temperature + noise stands for the logit.
+    CUT: rows may be truncated.
     """
     row = tl.program_id(0)
     tile = tl.program_id(1)
@@ -67,6 +70,8 @@ def _peaks_kernel(
     at = tile * BLOCK + tl.arange(0, BLOCK)
     inside = at < V
     logits = tl.load(LOGITS + row.to(tl.int64) * V + at, mask=inside, other=float("-inf")).to(tl.float32)
+    if CUT:
+        logits = tl.where(kept(logits, at, tl.load(CUTS + row), tl.load(LASTS + row), SHIFT), logits, float("-inf"))
     looked_up = True
     if RACED:
         looked_up = tl.load(KINDS + request) == 0
@@ -89,8 +94,9 @@ def _peaks_kernel(
 
 @triton.jit
 def _choose_kernel(
-    LOGITS, PEAKS, IDS, SUMS, TEMPERATURE, KINDS, SEEDS, REQUESTS, POSITIONS, CHOSEN, R, V, TILES,
-    BLOCK: tl.constexpr, WIDTH: tl.constexpr, SAMPLED: tl.constexpr, RACED: tl.constexpr,
+    LOGITS, PEAKS, IDS, SUMS, TEMPERATURE, KINDS, SEEDS, REQUESTS, POSITIONS, CUTS, LASTS, CHOSEN, R, V, TILES,
+    BLOCK: tl.constexpr, WIDTH: tl.constexpr, SAMPLED: tl.constexpr, RACED: tl.constexpr, CUT: tl.constexpr,
+    SHIFT: tl.constexpr,
 ):  # fmt: skip
     """The token of the path at one row: arg-max, or the draw with the number of the position behind the row's."""
     row = tl.program_id(0)
@@ -125,6 +131,9 @@ def _choose_kernel(
             at = tile * BLOCK + tl.arange(0, BLOCK)
             inside = at < V
             logits = tl.load(LOGITS + row.to(tl.int64) * V + at, mask=inside, other=float("-inf")).to(tl.float32)
+            if CUT:
+                stays = kept(logits, at, tl.load(CUTS + row), tl.load(LASTS + row), SHIFT)
+                logits = tl.where(stays, logits, float("-inf"))
             weight = tl.where(inside, tl.exp(logits / heat - height / heat), 0.0).to(tl.float64) * factor
             within = before + tl.cumsum(weight, 0)
             first = tl.min(tl.where((within > goal) & (weight > 0), at, V), 0)
@@ -180,10 +189,14 @@ def _advance_kernel(EMITTED, COUNTS, ROOM, TOKENS, POSITIONS, LENGTHS, R, WIDTH)
 
 
 class Chance(NamedTuple):
-    """What decides tokens of a batch: numbers looked up in a law, Gumbel noise; neither where all is greedy."""
+    """What decides tokens of a batch: numbers looked up in a law, Gumbel noise; neither where all is greedy.
+
+    truncated: some law is.
+    """
 
     uniform: bool
     gumbel: bool
+    truncated: bool = False
 
 
 class Keys(NamedTuple):
@@ -202,24 +215,39 @@ class Chooser:
         self.peaks = torch.empty(rows, self.tiles, dtype=torch.float32, device=device)
         self.ids = torch.empty(rows, self.tiles, dtype=torch.int32, device=device)
         self.sums = torch.empty(rows, self.tiles, dtype=torch.float64, device=device)
+        self.cuts = torch.empty(rows, dtype=torch.int32, device=device)
+        self.lasts = torch.empty(rows, dtype=torch.int32, device=device)
         self.chosen = torch.empty(rows, dtype=torch.int64, device=device)
 
-    def __call__(self, logits: Tensor, temperature: Tensor, keys: Keys, positions: Tensor, *, chance: Chance) -> Tensor:
+    def __call__(
+        self,
+        logits: Tensor,
+        temperature: Tensor,
+        truncation: Truncation,
+        keys: Keys,
+        positions: Tensor,
+        *,
+        chance: Chance,
+    ) -> Tensor:
         """Tokens [B * R] of the path at every row; -1 where the logits give no law.
 
-        logits: [B, R, V] contiguous; temperature: [B] float32, 0 for greedy; keys: of the requests; positions:
-        [B * R] int64 of the rows; chance: what may decide a token of these requests.
+        logits: [B, R, V] contiguous; temperature: [B] float32, 0 for greedy; truncation, keys: of the requests;
+        positions: [B * R] int64 of the rows; chance: what may decide a token of these requests.
         """
         batch, rows, vocabulary = logits.shape
         grid = (batch * rows, self.tiles)
+        if chance.truncated:
+            cut_rows(logits, temperature, truncation, self.cuts, self.lasts)
         _peaks_kernel[grid](
             logits, self.peaks, self.ids, self.sums, temperature, keys.kinds, keys.seeds, keys.requests, positions,
-            rows, vocabulary, self.tiles, BLOCK=_TILE, SAMPLED=chance.uniform, RACED=chance.gumbel, num_warps=4,
+            self.cuts, self.lasts, rows, vocabulary, self.tiles, BLOCK=_TILE, SAMPLED=chance.uniform,
+            RACED=chance.gumbel, CUT=chance.truncated, SHIFT=shift_of(logits), num_warps=4,
         )  # fmt: skip
         _choose_kernel[(batch * rows,)](
             logits, self.peaks, self.ids, self.sums, temperature, keys.kinds, keys.seeds, keys.requests, positions,
-            self.chosen, rows, vocabulary, self.tiles, BLOCK=_TILE, WIDTH=triton.next_power_of_2(self.tiles),
-            SAMPLED=chance.uniform, RACED=chance.gumbel, num_warps=4,
+            self.cuts, self.lasts, self.chosen, rows, vocabulary, self.tiles, BLOCK=_TILE,
+            WIDTH=triton.next_power_of_2(self.tiles), SAMPLED=chance.uniform, RACED=chance.gumbel,
+            CUT=chance.truncated, SHIFT=shift_of(logits), num_warps=4,
         )  # fmt: skip
         return self.chosen
 

@@ -10,6 +10,7 @@ import torch
 
 from outpace.engine.device.drafts import NO_ROOM
 from outpace.engine.device.kernels import EMITTED_EXTRA, Chance, Chooser, Keys
+from outpace.engine.device.truncation import Truncation
 from outpace.laws import NoiseDice
 
 if TYPE_CHECKING:
@@ -58,7 +59,8 @@ class Lane:
 
     Attributes:
         emitted: [B, R + 4] int64, see `kernels.walk`. path: [B, R], counts: [B] int64.
-        temperature: [B] float32. keys: of the noise. room: [B] int64, how deep the next draft may be.
+        temperature: [B] float32. truncation, keys: of the laws and of the noise.
+        room: [B] int64, how deep the next draft may be.
     """
 
     def __init__(self, batch: int, rows: int, vocabulary: int, device: torch.device) -> None:
@@ -68,6 +70,7 @@ class Lane:
         self.path = torch.zeros(batch, rows, **longs)
         self.counts = torch.zeros(batch, **longs)
         self.temperature = torch.zeros(batch, dtype=torch.float32, device=device)
+        self.truncation = Truncation.room(batch, device)
         self._words = torch.zeros(4, batch, **longs)
         seeds, names, kinds, self.room = self._words.unbind()
         self.keys = Keys(seeds, names, kinds)
@@ -87,7 +90,8 @@ class Lane:
         words = [[*seeds, *pad], [*names, *pad], [*kinds, *pad], [*room, *([NO_ROOM] * spare)]]
         self._words.copy_(torch.tensor(words), non_blocking=True)
         looked_up = any(heat > 0 and not kind for heat, kind in zip(heats, kinds, strict=True))
-        return Chance(looked_up, any(kinds))
+        truncated = self.truncation.load([r.sampler.settings for r in requests])
+        return Chance(looked_up, any(kinds), truncated)
 
     def next_result(self) -> Tensor:
         """Where the host will find what the coming round emits."""

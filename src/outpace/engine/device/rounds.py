@@ -8,8 +8,8 @@ the device while the host reads the last one, and what was computed beyond a sto
 
 Without a drafter there is no draft graph. A drafter that drafts on the host uploads a tree instead, and the host waits.
 Serves plain decoding and drafters that choose their tokens and add no rows, under the path rule, for requests whose
-law is greedy or plain temperature sampling; everything else is played by the readable round, on top of the same
-captured passes.
+law depends on nothing but logits (greedy, temperature, top-k, top-p, min-p); everything else is played by the readable
+round, on top of the same captured passes.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ class DeviceRounds:
         self._drafts: WeakKeyDictionary[DeviceDraft, dict[Any, Captured]] = WeakKeyDictionary()
         self._flying: deque[Flight] = deque()
         self._course: Course | None = None
-        self._chance = Chance(False, False)
+        self._chance = Chance(uniform=False, gumbel=False)
 
     @staticmethod
     def serves(drafter: Drafter | None) -> bool:
@@ -72,7 +72,7 @@ class DeviceRounds:
         longest = max(context.cache.lengths[: len(context.requests)])
         if longest + 2 * 64 > self.fast.positions_limit:
             return False
-        return all(r.sampler.plain and isinstance(r.sampler.dice, NoiseDice) for r in context.requests)
+        return all(r.sampler.memoryless and isinstance(r.sampler.dice, NoiseDice) for r in context.requests)
 
     def forget(self) -> None:
         """Throw rounds under way aside, and let the host take over: the batch has changed."""
@@ -272,7 +272,7 @@ class DeviceRounds:
 
         def work(*, warm: bool) -> None:
             draws = None
-            if any(chance) and draft.coupling is not None:
+            if (chance.uniform or chance.gumbel) and draft.coupling is not None:
                 where = inputs.lengths, draft.depth
                 draws = Draws(
                     lane.temperature,
@@ -300,7 +300,9 @@ class DeviceRounds:
             def work(
                 emitted: Tensor, path: Tensor, counts: Tensor, keep: Tensor, room: Tensor, ahead: Inputs, *, warm: bool
             ) -> None:
-                chosen = lane.chooser(logits, lane.temperature, lane.keys, ahead.positions, chance=chance)
+                chosen = lane.chooser(
+                    logits, lane.temperature, lane.truncation, lane.keys, ahead.positions, chance=chance
+                )
                 walk(ahead.tokens, ahead.parents, ahead.positions, chosen, emitted, path, counts)
                 if inputs.main > 1:
                     keep_entries(table, like, path, keep, ahead.lengths, ahead.slots)
