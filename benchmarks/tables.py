@@ -185,16 +185,20 @@ def noise_table(result: dict[str, Any]) -> str:
 
 def training_table(result: dict[str, Any]) -> str:
     """What a training step costs, a row per drafter."""
+    kept = any("kept_step_ms" in row for row in result["rows"])
     lines = [
-        "| drafter | step, ms | tokens/s | features' share | share of the arithmetic peak | peak memory |",
-        "| --- | --- | --- | --- | --- | --- |",
+        "| drafter | step, ms | tokens/s | features' share | share of the arithmetic peak | peak memory |"
+        + (" features kept: step, ms (their share) |" if kept else ""),
+        "| --- | --- | --- | --- | --- | --- |" + (" --- |" if kept else ""),
     ]
     for row in result["rows"]:
+        again = f"{row['kept_step_ms']:.0f} ({row['kept_feature_share']:.0%})" if "kept_step_ms" in row else ""
         share = f"{row['feature_share']:.0%}" if row["feature_share"] > 0.01 else "in the objective"
         peak = "not counted" if row["share_of_peak"] is None else f"{row['share_of_peak']:.0%}"
         speed = f"{row['tokens_per_second'] / 1e3:.0f} k"
         lines.append(
             f"| `{row['drafter']}` | {row['step_ms']:.0f} | {speed} | {share} | {peak} | {row['memory_gib']:.1f} GiB |"
+            + (f" {again} |" if kept else "")
         )
     about = result["about"]
     lines += [

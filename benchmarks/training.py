@@ -5,7 +5,8 @@
 Random weights in a real shape, random documents of a real size: nothing is learned, and a step costs what it costs.
 Operations are counted in one step run uncompiled (products forward and backward; attention is left out, its counter
 knows no grouped heads); the peak is a large bfloat16 product measured in the same run. A table shows where a step's
-time goes, by device events around its parts. With --profile the most expensive kernels of a step are listed.
+time goes, by device events around its parts, and a step is timed again with features kept from the epoch before. With
+--profile the most expensive kernels of a step are listed.
 """
 
 from __future__ import annotations
@@ -73,7 +74,9 @@ def measure(target: Target, corpus: Corpus, spec: str, options: argparse.Namespa
     assert isinstance(drafter, LearnedDrafter), f"{spec} has nothing to train"
     drafter.recipe = drafter.recipe.replace(rows=options.rows)
     with tempfile.TemporaryDirectory() as folder:
-        trainer = Trainer(target, drafter, corpus, folder, TrainSettings(steps=1, optimizer="adamw", eval_every=0))
+        settings = TrainSettings(steps=1, optimizer="adamw", eval_every=0, keep_gib=options.keep_gib)
+        trainer = Trainer(target, drafter, corpus, folder, settings)
+        store, trainer.kept = trainer.kept, None
         batches = _cycle(trainer)
         figures, clock = Figures.none(drafter.recipe.depths, target.device), Clocked(target.device)
         operations = None if drafter.needs.scouts else _operations(trainer, batches, figures, clock)
@@ -89,14 +92,30 @@ def measure(target: Target, corpus: Corpus, spec: str, options: argparse.Namespa
             trainer._step(batches, figures, clock)
         torch.cuda.synchronize()
         seconds = (perf_counter() - started) / options.steps
+        share = clock.feature_share()
         parts = where_time_goes(trainer, batches, figures, options.steps)
         if options.profile:
             _profile(trainer, batches, figures)
+        kept = {}
+        if store is not None:
+            trainer.kept = store
+            for _ in range(4):  # the three batches of a cycle, and one that finds its rows
+                trainer._step(batches, figures, clock)
+            torch.cuda.synchronize()
+            clock.marks.clear()
+            started = perf_counter()
+            for _ in range(options.steps):
+                trainer._step(batches, figures, clock)
+            torch.cuda.synchronize()
+            kept = {
+                "kept_step_ms": 1e3 * (perf_counter() - started) / options.steps,
+                "kept_feature_share": clock.feature_share(),
+            }
     tokens = trainer.rows_per_step * drafter.recipe.row_length
     return {
         "drafter": spec, "tokens_per_step": tokens, "step_ms": 1e3 * seconds, "tokens_per_second": tokens / seconds,
         "operations_per_step": operations, "share_of_peak": operations and operations / seconds / peak,
-        "feature_share": clock.feature_share(), "memory_gib": torch.cuda.max_memory_allocated() / 2**30,
+        "feature_share": share, **kept, "memory_gib": torch.cuda.max_memory_allocated() / 2**30,
         "warm_up_s": warm, "parts_ms": parts,
     }  # fmt: skip
 
@@ -188,6 +207,7 @@ def main() -> None:
     parser.add_argument("--drafters", default=["eagle3"], nargs="+", metavar="SPEC")
     parser.add_argument("--rows", type=int, default=16)
     parser.add_argument("--steps", type=int, default=10)
+    parser.add_argument("--keep-gib", type=float, default=4.0, help="room for features kept from the epoch before")
     parser.add_argument("--profile", action="store_true")
     parser.add_argument("--out", type=Path, default=RESULTS / "training.json")
     options = parser.parse_args()

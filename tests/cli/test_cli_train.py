@@ -75,7 +75,7 @@ def test_dry_runs_say_what_it_costs_and_write_nothing(outpace, model_dir, prompt
     assert result.exit_code == 0, result.stderr
     estimate = json.loads(result.stdout)
     assert estimate["steps"] == 6
-    assert {"memory_gib", "disk_mib", "hours", "tokens_per_second"} <= estimate.keys()
+    assert {"memory_gib", "disk_mib", "features_gib", "hours", "tokens_per_second"} <= estimate.keys()
     assert not (tmp_path / "none").exists()
 
 

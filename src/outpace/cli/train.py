@@ -52,7 +52,8 @@ def train(
     eval_prompts: Annotated[int, typer.Option(help="Held-out prompts decoded; 0: never.")] = 32,
     eval_tokens: Annotated[int, typer.Option(help="Tokens of each.")] = 128,
     save_every: Annotated[int, typer.Option(help="Steps between states to resume from.")] = 500,
-    ring_gib: Annotated[float, typer.Option(help="Disk for a ring of the target's states; 0: none.")] = 0.0,
+    keep_gib: Annotated[float, typer.Option(help="Memory to keep the target's states in for the next epoch.")] = 0.0,
+    keep_disk_gib: Annotated[float, typer.Option(help="Disk for what finds no room there.")] = 0.0,
     limit: Annotated[int, typer.Option(help="Most documents of the corpus; 0: all.")] = 0,
     track: Annotated[str, typer.Option(help="none, tensorboard or trackio.")] = "none",
     fresh: Annotated[bool, typer.Option("--fresh", help="Do not continue a run in the folder; replace it.")] = False,
@@ -82,7 +83,8 @@ def train(
     settings = TrainSettings(
         steps=steps, minutes=minutes, seed=seed, optimizer=cast("Any", optimizer), parallel=cast("Any", parallel),
         eval_every=eval_every,
-        eval_prompts=eval_prompts, eval_tokens=eval_tokens, save_every=save_every, ring_gib=ring_gib,
+        eval_prompts=eval_prompts, eval_tokens=eval_tokens, save_every=save_every, keep_gib=keep_gib,
+        keep_disk_gib=keep_disk_gib,
     )  # fmt: skip
     documents = Corpus.load(corpus, limit=limit)
     with Ranks.joined() as ranks:
@@ -182,6 +184,7 @@ def _estimate(trainer: Trainer) -> dict[str, Any]:
         "steps": steps,
         "hours": round(steps * step / 3600, 3),
         "memory_gib": round(_memory(device), 2),
+        "features_gib": round(trainer.features_bytes / 2**30, 3),
         "disk_mib": round(((2 + 14) * weights + (trainer.target.weight_bytes if trainer.served else 0)) / 2**20, 1),
         "recipe": dataclasses.asdict(trainer.recipe),
     }

@@ -80,6 +80,7 @@ class Batch:
         answers: answer tokens of the whole optimiser step, over accumulated batches and ranks, per rank: sums divided
             by it and averaged over ranks give the step's mean whatever the packing.
         share: of the run that is done, 0 at its first step, 1 outside a run: for losses whose weights change.
+        rows: numbers of its rows in the packing of the corpus; empty where there is none.
         slots: for a shift s, flat indices [n] of the slots whose token s further on is an answer token of the same
             document; see `slots_before`.
     """
@@ -97,6 +98,7 @@ class Batch:
     longest: int
     answers: float
     share: float = 1.0
+    rows: tuple[int, ...] = ()
     slots: dict[int, Tensor] = field(default_factory=dict)
 
     @property

@@ -7,6 +7,7 @@ Knows no drafter. Waits for the device only where figures are shown, and where a
 
 from __future__ import annotations
 
+import hashlib
 import math
 import queue
 import threading
@@ -25,7 +26,7 @@ from outpace.errors import ConfigError
 from outpace.target import save_target
 from outpace.target.fast.wide import COMPILED_ROWS
 from outpace.train.evaluate import Drift, decode, drift, replay
-from outpace.train.features import Ring, read_taps
+from outpace.train.features import KeptRows, read_taps, row_bytes
 from outpace.train.packing import Packing
 from outpace.train.provenance import describe_run
 from outpace.train.ranks import Parallel, Ranks
@@ -60,7 +61,8 @@ class TrainSettings:
         eval_every: steps between evaluations by the decode loop, 0 for one at the end. eval_prompts, eval_tokens: how
             many held-out prompts, how many tokens each.
         save_every: steps between states to resume from; 0: only at the end of an interrupted run.
-        ring_gib: disk for a ring of features, 0 for none.
+        keep_gib, keep_disk_gib: host memory, and disk, of each process, in which states of the target are kept for the
+            next epoch (`features.KeptRows`); 0 for none.
         attend_dense: use the dense definition of unrolled attention instead of kernels.
     """
 
@@ -73,13 +75,16 @@ class TrainSettings:
     eval_prompts: int = 32
     eval_tokens: int = 128
     save_every: int = 500
-    ring_gib: float = 0.0
+    keep_gib: float = 0.0
+    keep_disk_gib: float = 0.0
 
     def __post_init__(self) -> None:
         if self.steps and self.minutes:
             raise ConfigError("give steps or minutes, not both")
         if self.steps < 0 or self.minutes < 0:
             raise ConfigError("steps and minutes must be positive")
+        if self.keep_gib < 0 or self.keep_disk_gib < 0:
+            raise ConfigError("keep_gib and keep_disk_gib must be 0 or more")
         if self.optimizer not in ("flash", "adamw"):
             raise ConfigError(f"optimizer must be flash or adamw, got {self.optimizer!r}")
 
@@ -204,7 +209,7 @@ class Trainer:
             compile_halves(drafter.module)
         self._model = self.ranks.wrap(self.objective, self.settings.parallel)
         self.optimizer = self._make_optimizer()
-        self.ring = Ring(self.out / "features", int(self.settings.ring_gib * 2**30)) if self.settings.ring_gib else None
+        self.kept = self._make_kept()
         self.step = 0
         self.curves: list[dict[str, Any]] = []
         self.progress = Progress(self._steps(), 60 * self.settings.minutes)
@@ -252,6 +257,31 @@ class Trainer:
 
         # float32 weights stay as they are (the module casts where it computes); the moments take two bytes, not eight
         return FlashAdamW(parameters, lr=recipe.lr, betas=recipe.betas, weight_decay=recipe.weight_decay, master="fp32")
+
+    @property
+    def features_bytes(self) -> int:
+        """Bytes of all states the objective reads of the corpus."""
+        return len(self.packing.rows) * row_bytes(*self._states())
+
+    def _states(self) -> tuple[tuple[int, int], torch.dtype, int]:
+        return (
+            (self.recipe.row_length, self.target.hidden_size),
+            self.target.dtype,
+            len(self.drafter.training_taps),
+        )
+
+    def _make_kept(self) -> KeptRows | None:
+        settings, taps = self.settings, self.drafter.training_taps
+        if not (settings.keep_gib or settings.keep_disk_gib) or not taps:
+            return None
+        shape, dtype, _ = self._states()
+        about = [self.corpus.digest, *shape, str(dtype), *sorted(taps), settings.seed, self.ranks.rank]
+        name = hashlib.sha256(repr(about).encode()).hexdigest()[:16]
+        return KeptRows(
+            shape, dtype, self.target.device, taps,
+            memory=int(settings.keep_gib * 2**30), disk=int(settings.keep_disk_gib * 2**30),
+            folder=self.out / f"features-{self.ranks.rank}" / name,
+        )  # fmt: skip
 
     # The run -------------------------------------------------------------------------------------------------------
 
@@ -344,14 +374,13 @@ class Trainer:
 
     def _taps(self, batch: Batch) -> dict[str, Tensor]:
         wanted = self.drafter.training_taps
-        if self.ring is None or not wanted:
+        if self.kept is None:
             return read_taps(batch, wanted)
-        key = f"{self.ranks.rank}-{batch_key(batch)}-{'-'.join(sorted(wanted)).replace(':', '')}"
-        found = self.ring.get(key, self.target.device)
-        if found is None:
-            found = read_taps(batch, wanted)
-            self.ring.put(key, found)
-        return found
+
+        def compute(rows: list[int]) -> dict[str, Tensor]:
+            return read_taps(self.packing.batch(rows, self.target, shifts=(), answers=1.0), wanted)
+
+        return self.kept.read(batch.rows, compute)
 
     def _batches(self, step: int) -> Iterator[list[Batch]]:
         """This process's batches of every step from `step` on, for ever."""
@@ -553,13 +582,6 @@ class _Prefetched:
         """Stop the thread."""
         self._stop.set()
         self._thread.join()
-
-
-def batch_key(batch: Batch) -> str:
-    """A name for what a batch holds."""
-    import hashlib
-
-    return hashlib.sha256(batch.tokens.cpu().numpy().tobytes()).hexdigest()[:24]
 
 
 def _memory(device: torch.device) -> float:

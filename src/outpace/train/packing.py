@@ -80,7 +80,7 @@ class Packing:
 
         shifts: prepared for `Batch.slots_before`. answers: see `Batch.answers`.
         """
-        return assemble(
+        batch = assemble(
             [[self._document(i) for i in self.rows[row]] for row in rows],
             self.length,
             target,
@@ -88,6 +88,8 @@ class Packing:
             shifts=shifts,
             answers=answers,
         )
+        batch.rows = tuple(rows)
+        return batch
 
     def _document(self, index: int) -> Document:
         corpus = self.corpus
