@@ -64,8 +64,10 @@ def drawn(sampled, heats, depth, size, coupling, generator):
 
 
 @torch.inference_mode()
-@pytest.mark.parametrize("sampled", ["greedy", "uniform", "gumbel"])
-@pytest.mark.parametrize("name", FUSED)
+@pytest.mark.parametrize(
+    ("name", "sampled"),
+    [*((name, kind) for name in ("eagle3", "mtp") for kind in ("greedy", "uniform")), *((n, "gumbel") for n in FUSED)],
+)
 def test_a_fused_draft_is_the_one_growth_makes(name, sampled, monkeypatch):
     if name != "eagle3":  # attention's kernels take most of the time here
         monkeypatch.setattr(fused, "tree_attention", plain_attention)

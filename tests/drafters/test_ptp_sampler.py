@@ -205,7 +205,7 @@ def test_the_loss_has_the_gradient_of_its_value(exact, batch):
         assert found == pytest.approx((sides[0] - sides[1]) / 2e-5, rel=2e-3, abs=1e-6), name
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", ["one_hot", "mask"])
 def test_a_drafter_with_a_sampler_learns_more_in_the_same_steps(mode):
     target = Target(make_model(dtype=torch.float32).requires_grad_(False))
     written = Engine(target).generate(
@@ -224,7 +224,6 @@ def test_a_drafter_with_a_sampler_learns_more_in_the_same_steps(mode):
             optimizer.step()
         with torch.no_grad():
             reached.append(float(drafter.objective(batch).extra["right_in_a_row"]))
-    print(mode, reached)
     assert reached[1] > reached[0] + 0.2
 
 

@@ -42,8 +42,10 @@ def smollm2():
     return Target.from_pretrained("smollm2", device="cpu")
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_it_drafts_for_the_real_model_and_changes_no_token(name, smollm2):
+@pytest.fixture(scope="module")
+def answers(smollm2):
+    """Prompts and their plain answers; one at a time, since a chain's text is plain decoding's outright then."""
+    plain = Engine(smollm2, None)
     prompts = [
         encode(smollm2, text)
         for text in (
@@ -51,11 +53,14 @@ def test_it_drafts_for_the_real_model_and_changes_no_token(name, smollm2):
             "A baker sells 12 loaves in the morning and twice as many in the afternoon. How many loaves is that?",
         )
     ]
-    plain = Engine(smollm2, None)
+    return [(prompt, plain.generate([prompt], max_new_tokens=32)[0]) for prompt in prompts]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_it_drafts_for_the_real_model_and_changes_no_token(name, smollm2, answers):
     drafted = Engine(smollm2, name, stand_down=False)
     emitted = rounds = 0
-    for prompt in prompts:  # one at a time: a chain's text is plain decoding's outright
-        wanted = plain.generate([prompt], max_new_tokens=32)[0]
+    for prompt, wanted in answers:
         found = drafted.generate([prompt], max_new_tokens=32)[0]
         if smollm2.dtype == torch.float32 or name != "medusa":  # a second branch in bfloat16: up to near ties
             assert found.tokens == wanted.tokens
