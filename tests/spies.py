@@ -39,7 +39,16 @@ def submit_all(engine, prompts, lengths, **options):
 
 def served(engine, prompts, lengths, **options):
     """Tokens of requests that join and leave, in the order of their prompts."""
-    uids = submit_all(engine, prompts, lengths, **options)
+    return finished(engine, submit_all(engine, prompts, lengths, **options))
+
+
+def served_each(engine, prompts, options):
+    """As `served`, with options of its own for each prompt that has some."""
+    return finished(engine, [engine.submit(p, **o) for p, o in zip(prompts, options, strict=False)])
+
+
+def finished(engine, uids):
+    """Step until nothing is left to do; tokens of requests, in order."""
     done = {}
     while engine.active:
         for progress in engine.step():

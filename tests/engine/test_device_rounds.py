@@ -15,7 +15,7 @@ from outpace.drafters.medusa import Medusa
 from outpace.drafters.mtp import MTP, MTPHeads
 from outpace.engine import engine as engine_module
 from outpace.engine.device import rounds as rounds_module
-from spies import paths_laid, submit_all, trees_proposed
+from spies import paths_laid, served_each, submit_all, trees_proposed
 from tiny import DEFAULT_PATHS, PROMPTS
 from uncaptured import uncaptured_target
 
@@ -143,23 +143,14 @@ LAWS = [
 @pytest.mark.parametrize(("name", "laws"), [(None, LAWS), ("medusa", LAWS[2:3])], ids=["plain", "medusa"])
 def test_truncated_laws_of_all_kinds_stay_on_the_device(name, laws, monkeypatch):
     target = uncaptured_target(monkeypatch)
-    options = {"max_new_tokens": 5, "seed": 5, "ignore_eos": True}
+    common = {"max_new_tokens": 5, "seed": 5, "ignore_eos": True}
+    options = [{"request": i, **common, **law} for i, law in enumerate(laws)]
     plain = Engine(target, path="readable")
-    wanted = [
-        plain.generate(prompt, request=i, **options, **law)[0].tokens
-        for i, (prompt, law) in enumerate(zip(PROMPTS, laws, strict=False))
-    ]
+    wanted = [plain.generate(p, **o)[0].tokens for p, o in zip(PROMPTS, options, strict=False)]
     drafter = awake(MAKERS[name](), target) if name else None
     engine = Engine(target, drafter, stand_down=False, check_integrity=True)
     monkeypatch.setattr(engine_module, "play_round", None)  # not to be called
-    uids = [
-        engine.submit(prompt, request=i, **options, **law)
-        for i, (prompt, law) in enumerate(zip(PROMPTS, laws, strict=False))
-    ]
-    done = {}
-    while engine.active:
-        done |= {p.uid: p.chunk.output.tokens for p in engine.step() if p.chunk.output is not None}
-    assert [done[uid] for uid in uids] == wanted
+    assert served_each(engine, PROMPTS, options) == wanted
 
 
 @pytest.mark.usefixtures("_unfused")
@@ -169,7 +160,11 @@ def test_steady_state_captures_nothing_and_settings_may_change(monkeypatch):
     engine = Engine(target, drafter, stand_down=False, check_integrity=True)
     plain = Engine(target, path="readable")
     options = {"max_new_tokens": 5, "seed": 5, "ignore_eos": True}
-    for changes in ({"temperature": 0.9}, {"temperature": 0.0}, {"temperature": 0.9, "repetition_penalty": 1.3}) * 2:
+    for changes in (
+        {"temperature": 0.9},
+        {"temperature": 0.0},
+        {"temperature": 0.9, "processors": (lambda _, scores: scores / 2,)},
+    ) * 2:
         seen = target.fast.capture.graphs
         found = engine.generate(PROMPTS[0], **options, **changes)[0]
         assert found.tokens == plain.generate(PROMPTS[0], **options, **changes)[0].tokens

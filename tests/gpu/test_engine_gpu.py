@@ -170,9 +170,23 @@ def test_a_large_vocabulary_is_truncated_as_warp_does(law, dtype):
             assert float(mass[row][found != wanted[row]].sum()) < 1e-6
 
 
-def test_settings_with_history_take_the_readable_round_over_captured_passes(pair):
+@pytest.mark.parametrize("drafter", [None, "prompt_lookup:min_ngram=1,branches=3,draft_len=5"])
+@pytest.mark.parametrize("temperature", [0.0, 0.9])
+def test_laws_with_a_history_stay_on_the_device(pair, temperature, drafter, monkeypatch):
+    from outpace.engine import engine as engine_module
+
     _, target = pair
-    options = {"max_new_tokens": 20, "temperature": 0.9, "seed": 3, "top_p": 0.8, "repetition_penalty": 1.3}
+    options = {"max_new_tokens": 30, "temperature": temperature, "seed": 3, "min_new_tokens": 5}
+    options |= {"repetition_penalty": 1.3, "frequency_penalty": 0.2, "logit_bias": {7: 2.0}}
+    wanted = Engine(target, path="readable").generate(PROMPTS, **options)
+    engine = Engine(target, drafter, path="fast", stand_down=False, check_integrity=True)
+    monkeypatch.setattr(engine_module, "play_round", None)  # not to be called
+    assert [o.tokens for o in engine.generate(PROMPTS, **options)] == [o.tokens for o in wanted]
+
+
+def test_processors_take_the_readable_round_over_captured_passes(pair):
+    _, target = pair
+    options = {"max_new_tokens": 20, "temperature": 0.9, "seed": 3, "processors": (lambda ids, scores: scores / 2,)}
     wanted = Engine(target, path="readable").generate(PROMPTS[:3], **options)
     assert [o.tokens for o in Engine(target, "suffix").generate(PROMPTS[:3], **options)] == [o.tokens for o in wanted]
 

@@ -1,6 +1,6 @@
 """Choosing the path's token at every row, and walking the tree, on the device.
 
-The law is `laws.warp`'s for requests without history: softmax of logits over temperature in float32, truncated
+The law is `laws.warp`'s of logits, or of scores (`history`): softmax over temperature in float32, truncated
 (`truncation`), its cumulated sum in float64, the path's number from Philox. The sums run in another order than
 torch's, so a draw within about 1e-7 of an edge of its interval may fall on the other side; greedy choices are the same
 outright. Gumbel noise is added in float32, whose last digits may differ from torch's.
@@ -191,12 +191,13 @@ def _advance_kernel(EMITTED, COUNTS, ROOM, TOKENS, POSITIONS, LENGTHS, R, WIDTH)
 class Chance(NamedTuple):
     """What decides tokens of a batch: numbers looked up in a law, Gumbel noise; neither where all is greedy.
 
-    truncated: some law is.
+    truncated: some law is. history: some law depends on more than logits.
     """
 
     uniform: bool
     gumbel: bool
     truncated: bool = False
+    history: bool = False
 
 
 class Keys(NamedTuple):

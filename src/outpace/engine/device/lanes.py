@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, Final
 
 import torch
 
 from outpace.engine.device.drafts import NO_ROOM
+from outpace.engine.device.history import History
 from outpace.engine.device.kernels import EMITTED_EXTRA, Chance, Chooser, Keys
 from outpace.engine.device.truncation import Truncation
+from outpace.errors import OutOfMemoryError
 from outpace.laws import NoiseDice
 
 if TYPE_CHECKING:
@@ -65,6 +68,7 @@ class Lane:
 
     def __init__(self, batch: int, rows: int, vocabulary: int, device: torch.device) -> None:
         longs: dict[str, Any] = {"dtype": torch.int64, "device": device}
+        self._vocabulary = vocabulary
         self.chooser = Chooser(batch * rows, vocabulary, device)
         self.emitted = torch.zeros(batch, rows + EMITTED_EXTRA, **longs)
         self.path = torch.zeros(batch, rows, **longs)
@@ -91,7 +95,27 @@ class Lane:
         self._words.copy_(torch.tensor(words), non_blocking=True)
         looked_up = any(heat > 0 and not kind for heat, kind in zip(heats, kinds, strict=True))
         truncated = self.truncation.load([r.sampler.settings for r in requests])
-        return Chance(looked_up, any(kinds), truncated)
+        remembers = not all(r.sampler.memoryless for r in requests)
+        if remembers:
+            self.history.load(requests)
+        return Chance(looked_up, any(kinds), truncated, remembers)
+
+    @cached_property
+    def history(self) -> History:
+        """What laws with a history read; made when one is first met.
+
+        Raises:
+            OutOfMemoryError: if there is no room for it.
+        """
+        batch, rows = self.path.shape
+        try:
+            with torch.inference_mode(False):
+                return History(batch, rows, self._vocabulary, self.path.device)
+        except torch.OutOfMemoryError as error:
+            raise OutOfMemoryError(
+                f"no GPU memory for the scores of {batch} x {rows} rows, which penalties, biases and minimum lengths "
+                f"need: {str(error).splitlines()[0]} Lower max_batch or the draft's length; the engine stays usable"
+            ) from error
 
     def next_result(self) -> Tensor:
         """Where the host will find what the coming round emits."""

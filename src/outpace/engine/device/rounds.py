@@ -7,9 +7,9 @@ the device while the host reads the last one, and what was computed beyond a sto
         -> emitted, one copy to the host
 
 Without a drafter there is no draft graph. A drafter that drafts on the host uploads a tree instead, and the host waits.
-Serves plain decoding and drafters that choose their tokens and add no rows, under the path rule, for requests whose
-law depends on nothing but logits (greedy, temperature, top-k, top-p, min-p); everything else is played by the readable
-round, on top of the same captured passes.
+Serves plain decoding and drafters that choose their tokens and add no rows, under the path rule, for all sampling
+settings but processors of the user's; everything else is played by the readable round, on top of the same captured
+passes.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ import torch
 
 from outpace.drafters.growth import Draws
 from outpace.engine.device.drafts import WIDEST, lay, numbers_ahead, race_ahead
+from outpace.engine.device.history import History
 from outpace.engine.device.kernels import Chance, advance, walk
 from outpace.engine.device.lanes import AHEAD, Course, Flight, Lane, fill, host_tensor
 from outpace.engine.round import Outcome, Played, Timing, drafted_trees, record
@@ -68,11 +69,11 @@ class DeviceRounds:
         return drafter.kind == "deterministic" and not (drafter.needs.scouts or drafter.needs.adapter)
 
     def takes(self, context: Context) -> bool:
-        """Whether every request's law can be drawn from here, within the positions that the rotary tables hold."""
+        """Whether every request's law can be made here, within the positions that the rotary tables hold."""
         longest = max(context.cache.lengths[: len(context.requests)])
         if longest + 2 * 64 > self.fast.positions_limit:
             return False
-        return all(r.sampler.memoryless and isinstance(r.sampler.dice, NoiseDice) for r in context.requests)
+        return all(History.serves(r) and isinstance(r.sampler.dice, NoiseDice) for r in context.requests)
 
     def forget(self) -> None:
         """Throw rounds under way aside, and let the host take over: the batch has changed."""
@@ -297,13 +298,20 @@ class DeviceRounds:
                 del graphs[old]
             table, like, chance = cache.table(), cache.tensors()[0][0], self._chance
 
+            history = lane.history if chance.history else None
+
             def work(
                 emitted: Tensor, path: Tensor, counts: Tensor, keep: Tensor, room: Tensor, ahead: Inputs, *, warm: bool
             ) -> None:
+                scores = logits
+                if history is not None:
+                    scores = history.score(logits, ahead.tokens, ahead.parents, ahead.positions)
                 chosen = lane.chooser(
-                    logits, lane.temperature, lane.truncation, lane.keys, ahead.positions, chance=chance
+                    scores, lane.temperature, lane.truncation, lane.keys, ahead.positions, chance=chance
                 )
                 walk(ahead.tokens, ahead.parents, ahead.positions, chosen, emitted, path, counts)
+                if history is not None:
+                    history.count(emitted, history.counts.clone() if warm else history.counts)
                 if inputs.main > 1:
                     keep_entries(table, like, path, keep, ahead.lengths, ahead.slots)
                 advance(emitted, counts, room, ahead.tokens, ahead.positions, ahead.lengths)
