@@ -1,9 +1,10 @@
 """Tokens per pass of drafters on Spec-Bench's questions, per task: counts only, so batches and busy machines are fine.
 
-    python benchmarks/acceptance.py --questions question.jsonl --drafters eagle3,medusa,ptp --temperatures 0,0.7,1
+    python benchmarks/acceptance.py --questions question.jsonl --drafters eagle3 ptp=runs/ptp mask=runs/mask:budget=24
 
-First turns, the model's own chat template, `--tokens` new tokens at most, no drafter ever stood down. The text of a run
-is compared with plain decoding's under the same seed; where they part, the first difference is counted.
+First turns, the model's own chat template, `--tokens` new tokens at most, no drafter ever stood down. Each drafter is
+asked under the noise it wants (`--noise` gives all the same). Texts are compared with plain decoding's under the same
+seed and noise. For drafters that add rows to the pass, the rows of a round are counted too.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections import defaultdict
+from contextlib import closing
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -19,8 +21,10 @@ import torch
 import transformers
 
 from outpace import Engine
+from outpace.drafters import Drafter, make_drafter
+from outpace.drafters.learning import LearnedDrafter
 from outpace.engine import encode, total
-from outpace.laws import NOISES
+from outpace.laws import NOISES, Settings
 from outpace.target import Target
 
 RESULTS = Path(__file__).parent / "results"
@@ -42,19 +46,32 @@ def questions(path: Path, per_task: int) -> list[tuple[str, str]]:
 
 
 def decode(
-    target: Target, drafter: str | None, asked: list[tuple[str, str]], temperature: float, options: argparse.Namespace
+    engine: Engine, asked: list[tuple[str, str]], temperature: float, noise: str, options: argparse.Namespace
 ) -> tuple[list[Any], float]:
     """Outputs of all questions, and seconds."""
-    engine = Engine(target, drafter, max_batch=options.batch, stand_down=False)
     started = perf_counter()
-    try:
-        prompts = [encode(target, turn) for _, turn in asked]
-        found = engine.generate(
-            prompts, max_new_tokens=options.tokens, temperature=temperature, seed=options.seed, noise=options.noise
-        )
-    finally:
-        engine.close()
+    prompts = [encode(engine.target, turn) for _, turn in asked]
+    found = engine.generate(
+        prompts, max_new_tokens=options.tokens, temperature=temperature, seed=options.seed, noise=noise
+    )
     return found, perf_counter() - started
+
+
+def wanted_noise(drafter: Drafter | None) -> str:
+    """What decides tokens where a drafter guesses best."""
+    return (drafter.evaluation if isinstance(drafter, LearnedDrafter) else Settings()).noise
+
+
+def counting(drafter: Drafter, rows: list[int]) -> None:
+    """Note how many rows, the root left out, each pass has from now on."""
+    scouts = drafter.scouts
+
+    def counted(context: Any, draft: Any) -> Any:
+        found = scouts(context, draft)
+        rows.append(draft.width + (found.count if found is not None else 0))
+        return found
+
+    drafter.scouts = counted  # type: ignore[method-assign]
 
 
 def main() -> None:
@@ -62,13 +79,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="smollm2")
     parser.add_argument("--questions", type=Path, required=True)
-    parser.add_argument("--drafters", required=True, help="names=specs, e.g. eagle3=runs/eagle3,suffix=suffix")
-    parser.add_argument("--temperatures", default="0,1")
+    parser.add_argument("--drafters", required=True, nargs="+", metavar="[NAME=]SPEC")
+    parser.add_argument("--temperatures", default="0,1", help="separated by commas")
     parser.add_argument("--per-task", type=int, default=0, help="questions of each task; 0 for all")
     parser.add_argument("--tokens", type=int, default=128)
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--noise", default="gumbel", choices=NOISES, help="uniform for ptp")
+    parser.add_argument("--noise", default="auto", choices=("auto", *NOISES))
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--out", type=Path, default=RESULTS / "acceptance.json")
     options = parser.parse_args()
@@ -84,22 +101,34 @@ def main() -> None:
                   "batch": options.batch, "seed": options.seed, "noise": options.noise},
     }  # fmt: skip
     rows = []
+    plain: dict[tuple[float, str], list[Any]] = {}
     for temperature in map(float, options.temperatures.split(",")):
-        plain, _ = decode(target, None, asked, temperature, options)
-        for named in options.drafters.split(","):
-            name, _, spec = named.partition("=")
-            outputs, seconds = decode(target, spec or name, asked, temperature, options)
+        for named in options.drafters:
+            name, spec = named.split("=", 1) if "=" in named.partition(":")[0] else (named, named)
+            drafter, passes = make_drafter(spec), []
+            with closing(Engine(target, drafter, max_batch=options.batch, stand_down=False)) as engine:
+                noise = wanted_noise(drafter) if options.noise == "auto" else options.noise
+                if drafter is not None and drafter.needs.scouts:
+                    counting(drafter, passes)
+                outputs, seconds = decode(engine, asked, temperature, noise, options)
+            if (temperature, noise) not in plain:
+                with closing(Engine(target, max_batch=options.batch)) as engine:
+                    plain[temperature, noise], _ = decode(engine, asked, temperature, noise, options)
             by_task = defaultdict(list)
             for (task, _), output in zip(asked, outputs, strict=True):
                 by_task[task].append(output.stats)
             whole = total([output.stats for output in outputs])
             row = {
-                "drafter": name, "spec": spec or name, "temperature": temperature, "seconds": seconds,
+                "drafter": name, "spec": spec, "temperature": temperature, "noise": noise, "seconds": seconds,
                 "emitted_per_round": whole.emitted_per_round, "accept_given_reached": whole.accept_given_reached,
                 "accepted_per_drafted": whole.accepted_per_drafted, "rounds": whole.rounds, "emitted": whole.emitted,
                 "per_task": {task: total(stats).emitted_per_round for task, stats in by_task.items()},
-                "same_text": sum(a.tokens == b.tokens for a, b in zip(outputs, plain, strict=True)),
+                "same_text": sum(
+                    a.tokens == b.tokens for a, b in zip(outputs, plain[temperature, noise], strict=True)
+                ),
             }  # fmt: skip
+            if passes:
+                row["rows_per_round"] = 1 + sum(passes) / len(passes)
             rows.append(row)
             print(json.dumps({k: round(v, 3) if isinstance(v, float) else v for k, v in row.items()}), flush=True)
             options.out.parent.mkdir(parents=True, exist_ok=True)

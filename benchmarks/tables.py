@@ -129,11 +129,12 @@ def acceptance_table(result: dict[str, Any]) -> str:
             f"| {row['drafter']} | {row['temperature']:g} | **{row['emitted_per_round']:.2f}** | {per_task} | {rates} |"
         )
     asked, dtype = about["asked"], about["dtype"].removeprefix("torch.")
+    noises = {row.get("noise", asked.get("noise", "uniform")) for row in rows}
     lines += [
         "",
         f"{about['model']}, {about['device']}, {dtype}: {about['questions']} first "
         f"turns of Spec-Bench ({asked['per_task']} a task), {asked['tokens']} new tokens at most, "
-        f"batch {asked['batch']}, seed {asked['seed']}, {asked.get('noise', 'uniform')} noise. torch {about['torch']}, "
+        f"batch {asked['batch']}, seed {asked['seed']}, {' and '.join(sorted(noises))} noise. torch {about['torch']}, "
         f"transformers {about['transformers']}.",
     ]
     return "\n".join(lines) + "\n"
