@@ -45,7 +45,7 @@ class Reader:
         self.drafter, self.context = drafter, Context(target, None)
 
     def start(self, tokens, taps, remaining=40):
-        sampler = Sampler(Settings(), NoiseDice(Noise(0), 0, "path"), prompt_length=len(tokens), eos=())
+        sampler = Sampler(Settings(), NoiseDice(Noise(0), 0), prompt_length=len(tokens), eos=())
         request = RequestContext(list(tokens), len(tokens), sampler, remaining)
         self.context.requests.append(request)
         self.drafter.start(self.context, request, taps)

@@ -51,7 +51,7 @@ def test_two_passes_a_round_give_the_same_text(exact, mode, temperature, sampler
     options = {**OPTIONS, "temperature": temperature}
     plain = Engine(exact).generate([PROMPTS[0]], **options)[0]
     settings = Settings(temperature=temperature, seed=5)
-    draws = Sampler(settings, NoiseDice(Noise(5), 0), prompt_length=len(PROMPTS[0]))
+    draws = Sampler(settings, NoiseDice(Noise(5), 0, "uniform"), prompt_length=len(PROMPTS[0]))
     tokens, rounds = two_pass(exact, random_ptp(exact, mode=mode, sampler=sampler), draws, PROMPTS[0], 24)
     assert tuple(tokens) == plain.tokens
     assert rounds <= 12, "the drafting pass knows the next token too, so a round emits two at least"

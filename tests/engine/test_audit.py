@@ -152,8 +152,8 @@ def test_the_tolerance_covers_every_flip_that_logit_noise_of_its_size_can_make(l
     generator = torch.Generator().manual_seed(5)
     eps, flips = 0.25, 0
     for request in range(300):
-        settings = Settings(temperature=0.7, **law)
-        sampler = Sampler(settings, NoiseDice(Noise(1), request))
+        settings = Settings(temperature=0.7, noise="uniform", **law)
+        sampler = Sampler(settings, NoiseDice(Noise(1), request, settings.noise))
         logits = 3 * torch.randn(30, generator=generator)
         noise = eps * (torch.rand(30, generator=generator) < 0.5)
         first, second = sampler.choose(logits, [1, 2]), sampler.choose(logits + noise, [1, 2])

@@ -32,11 +32,11 @@ def test_numbers_ahead_are_the_paths():
 def test_races_ahead_are_the_paths(reduced):
     seeds, requests = [3, 2**63 + 5, 1, 2], [7, 2**40 + 1, 0, 0]
     names = torch.tensor(requests)
-    keys = Keys(torch.tensor([3, 2**63 + 5 - 2**64, 1, 2]), names, torch.tensor([1, 1, 0, 1]))
+    keys = Keys(torch.tensor([3, 2**63 + 5 - 2**64, 1, 2]), names, torch.tensor([1, 1, 0, 0]))
     ids = torch.arange(1500) + torch.arange(1500) // 7 if reduced else torch.arange(1500)
     offsets = ids - torch.arange(1500)
     head = SimpleNamespace(size=1500, offsets=offsets if reduced else None, reduced=reduced)
-    found = race_ahead(keys, torch.tensor([1.0, 0.7, 1.0, 0.0]), torch.tensor([11, 4000, 5, 5]), 3, head)
+    found = race_ahead(keys, torch.tensor([11, 4000, 5, 5]), 3, head)
     for b, start in enumerate((12, 4001)):
         for ahead in range(3):
             wanted = Noise(seeds[b]).gumbel(requests[b], start + ahead, 2000)[ids]

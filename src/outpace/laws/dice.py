@@ -84,7 +84,7 @@ def race(weights: Tensor, noise: Tensor) -> int:
 class NoiseDice:
     """Dice of one request, answering from `Noise`."""
 
-    def __init__(self, noise: Noise, request: int, kind: NoiseKind = "uniform") -> None:
+    def __init__(self, noise: Noise, request: int, kind: NoiseKind = "gumbel") -> None:
         self.noise = noise
         self.request = request
         self.kind = kind

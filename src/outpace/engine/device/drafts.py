@@ -36,7 +36,7 @@ def _numbers_kernel(SEEDS, REQUESTS, LENGTHS, U, DEPTH, BLOCK: tl.constexpr):
 
 @triton.jit
 def _race_kernel(
-    SEEDS, REQUESTS, KINDS, LENGTHS, TEMPERATURE, OFFSETS, RACE, DEPTH, V, BLOCK: tl.constexpr, REDUCED: tl.constexpr
+    SEEDS, REQUESTS, KINDS, LENGTHS, OFFSETS, RACE, DEPTH, V, BLOCK: tl.constexpr, REDUCED: tl.constexpr
 ):  # fmt: skip
     """Gumbel noise of one tile of draft ids at one position ahead; zero for requests that it does not decide."""
     request = tl.program_id(0)
@@ -44,7 +44,7 @@ def _race_kernel(
     at = tl.program_id(2) * BLOCK + tl.arange(0, BLOCK)
     inside = at < V
     noise = tl.zeros([BLOCK], tl.float32)
-    if (tl.load(KINDS + request) > 0) & (tl.load(TEMPERATURE + request) > 0):
+    if tl.load(KINDS + request) > 0:
         ids = at.to(tl.int64)
         if REDUCED:
             ids += tl.load(OFFSETS + at, mask=inside, other=0)
@@ -109,7 +109,7 @@ def _lay_kernel(
         tl.store(BITS + (corner + spare) * WORDS + word, alone, mask=unused)
 
 
-def race_ahead(keys: Keys, temperature: Tensor, lengths: Tensor, depth: int, head: DraftHead) -> Tensor:
+def race_ahead(keys: Keys, lengths: Tensor, depth: int, head: DraftHead) -> Tensor:
     """The Gumbel noise of the positions a draft is for, [B, depth, Vd] float32, as `drafters.ahead.race_ahead`.
 
     Zero for requests whose tokens it does not decide. lengths: [B] int64, positions of the roots.
@@ -117,7 +117,7 @@ def race_ahead(keys: Keys, temperature: Tensor, lengths: Tensor, depth: int, hea
     batch, block = lengths.shape[0], 1024
     race = torch.empty(batch, depth, head.size, dtype=torch.float32, device=lengths.device)
     _race_kernel[(batch, depth, triton.cdiv(head.size, block))](
-        keys.seeds, keys.requests, keys.kinds, lengths, temperature, head.offsets, race, depth, head.size, BLOCK=block,
+        keys.seeds, keys.requests, keys.kinds, lengths, head.offsets, race, depth, head.size, BLOCK=block,
         REDUCED=head.reduced, num_warps=4,
     )  # fmt: skip
     return race

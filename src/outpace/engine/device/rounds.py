@@ -277,7 +277,7 @@ class DeviceRounds:
                 where = inputs.lengths, draft.depth
                 draws = Draws(
                     lane.temperature,
-                    race_ahead(lane.keys, lane.temperature, *where, draft.head) if chance.gumbel else None,
+                    race_ahead(lane.keys, *where, draft.head) if chance.gumbel else None,
                     numbers_ahead(lane.keys, *where) if chance.uniform else None,
                     lane.temperature.masked_fill(lane.keys.kinds > 0, 0.0) if chance.gumbel else lane.temperature,
                     draft.coupling,
