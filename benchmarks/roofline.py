@@ -321,8 +321,14 @@ def fitted(spec: str, target: Target) -> Any:
     return drafter
 
 
+LAWS: dict[str, dict[str, Any]] = {
+    "0": {"temperature": 0.0}, "0.8": {"temperature": 0.8}, "0.8, top-p 0.9": {"temperature": 0.8, "top_p": 0.9},
+    "0.8, repetition 1.1": {"temperature": 0.8, "repetition_penalty": 1.1},
+}  # fmt: skip
+
+
 def round_parts(name: str, target: Target, specs: list[str], new: int = 200) -> list[dict[str, Any]]:
-    """Milliseconds of the parts of a round, per drafter (and for plain decoding), temperature and batch.
+    """Milliseconds of the parts of a round, per drafter (and for plain decoding), law and batch.
 
     draft_ms, pass_ms, walk_ms: on the device, by events. round_ms: wall clock over rounds. host_ms: what is left of it.
     """
@@ -330,15 +336,15 @@ def round_parts(name: str, target: Target, specs: list[str], new: int = 200) -> 
     prompt = [(7 * j) % 1000 + 100 for j in range(512)]
     for spec in ["plain", *specs]:
         engine = Engine(target, None if spec == "plain" else fitted(spec, target), stand_down=False)
-        for temperature, batch in ((0.0, 1), (0.8, 1), (0.8, 4)):
-            options = {"max_new_tokens": new, "temperature": temperature, "ignore_eos": True}
+        for law, batch in (*((law, 1) for law in LAWS), ("0.8", 4)):
+            options = {"max_new_tokens": new, "ignore_eos": True, **LAWS[law]}
             engine.generate([prompt] * batch, **options)  # captures
             graphs = target.captured.capture.graphs
             engine.timing = timing = Timing()
             outputs = engine.generate([prompt] * batch, **options)
             wall = statistics.median(o.stats.decode_ms for o in outputs) / timing.rounds
             parts = {part: getattr(timing, part) / timing.rounds for part in ("draft_ms", "pass_ms", "walk_ms")}
-            row = {"model": name, "drafter": spec, "temperature": temperature, "batch": batch, **parts,
+            row = {"model": name, "drafter": spec, "law": law, "batch": batch, **parts,
                    "round_ms": wall, "host_ms": wall - sum(parts.values()), "outside_pass": 1 - parts["pass_ms"] / wall,
                    "emitted_per_round": statistics.fmean(o.emitted_per_round for o in outputs),
                    "captures": target.captured.capture.graphs - graphs}  # fmt: skip

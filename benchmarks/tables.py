@@ -80,7 +80,7 @@ def _where(about: dict[str, Any]) -> str:
 
 
 def rounds_table(result: dict[str, Any]) -> str:
-    """One row per drafter, temperature and batch: milliseconds of a round's parts."""
+    """One row per drafter, law and batch: milliseconds of a round's parts."""
     lines = [
         "| drafter | T | batch | draft | pass | walk | host | round, ms | outside the pass | tokens/round |",
         "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
@@ -88,7 +88,7 @@ def rounds_table(result: dict[str, Any]) -> str:
     for row in result["round"]:
         parts = " | ".join(f"{max(0.0, row[part]):.2f}" for part in ("draft_ms", "pass_ms", "walk_ms", "host_ms"))
         lines.append(
-            f"| `{row['drafter']}` | {row['temperature']:g} | {row['batch']} | {parts} | {row['round_ms']:.2f} | "
+            f"| `{row['drafter']}` | {row['law']} | {row['batch']} | {parts} | {row['round_ms']:.2f} | "
             f"{row['outside_pass']:.0%} | {row['emitted_per_round']:.2f} |"
         )
     lines += ["", f"{result['round'][0]['model']}, {_where(result['about'])}"]
