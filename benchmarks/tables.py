@@ -95,6 +95,31 @@ def rounds_table(result: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def cpu_table(result: dict[str, Any]) -> str:
+    """Decoding of one request by several engines on a CPU."""
+    lines = [
+        "| engine | dtype | tokens/s | plain outpace against it (quartiles) | same text |",
+        "| --- | --- | --- | --- | --- |",
+    ]
+    for row in result["decode_cpu"]:
+        low, high = row["quartiles"]
+        name = {"outpace": "outpace, plain", "transformers": "transformers.generate", "vllm": "vLLM's CPU build"}.get(
+            row["engine"], row["engine"].replace("+", ", ")
+        )
+        lines.append(
+            f"| {name} | {row['dtype']} | {row['tokens_per_second']:.1f} | {row['outpace_against_it']:.2f}x "
+            f"({low:.2f} to {high:.2f}) | {row['equal']} of {row['answers']} |"
+        )
+    about = result["about"]
+    lines += [
+        "",
+        f"{about['model']}, {about['cpu']}, {about['threads']} threads; greedy, one request, {about['tokens']} new "
+        "tokens behind prompts of the mini suite, prefill included, engines in turns. "
+        f"torch {about['torch']}, transformers {about['transformers']}.",
+    ]
+    return "\n".join(lines) + "\n"
+
+
 def decode_table(result: dict[str, Any]) -> str:
     """Plain decoding beside stock generate, and by batch size."""
     fastest = result["decode"][0]["tokens_per_second"]
@@ -220,6 +245,8 @@ def table(name: str) -> str:
         return rounds_table(plain)
     if "prompt" in plain:
         return prompt_table(plain)
+    if "decode_cpu" in plain:
+        return cpu_table(plain)
     if "decode" in plain:
         return decode_table(plain)
     if "rows" in plain and "draws" in plain["about"]:
