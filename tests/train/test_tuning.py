@@ -46,11 +46,12 @@ def gradients(drafter, batch):
     return losses, found
 
 
-def test_the_loss_reaches_heads_and_trunk():
+def test_the_loss_reaches_heads_and_trunk_and_nothing_else():
     drafter = started(medusa(), shaken=True)
     losses, (heads, trunk) = gradients(drafter, batch_for(drafter, [DIALOGUES]))
     assert all(g is not None and bool(g.any()) for g in [*heads, *trunk])
     assert float(losses.extra["kl"]) > 0
+    assert all(p.grad is None for p in target().model.parameters())
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma3", "stablelm"])
