@@ -49,7 +49,9 @@ class Truncation(NamedTuple):
         )
 
     def load(self, settings: Sequence[Settings]) -> bool:
-        """Put requests' settings there; whether one of them truncates."""
+        """Whether one of these requests truncates; their settings are put there then, and read by nobody else."""
+        if not any(s.truncates for s in settings):
+            return False
         spare = self.top_k.shape[0] - len(settings)
         for tensor, values, nothing in (
             (self.top_k, [s.top_k or 0 for s in settings], 0),
@@ -57,7 +59,7 @@ class Truncation(NamedTuple):
             (self.min_p, [s.min_p or 0.0 for s in settings], 0.0),
         ):
             tensor.copy_(torch.tensor([*values, *([nothing] * spare)], dtype=tensor.dtype), non_blocking=True)
-        return any(s.truncates for s in settings)
+        return True
 
 
 @triton.jit
