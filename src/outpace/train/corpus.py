@@ -26,6 +26,7 @@ from outpace.drafters.learning import Origin
 from outpace.engine import Engine, encode
 from outpace.errors import CheckpointError, ConfigError
 from outpace.laws import Settings
+from outpace.train.files import whole_file
 
 if TYPE_CHECKING:
     from outpace.engine import Output
@@ -224,9 +225,8 @@ def _open(
         meta["held_out"] = old["held_out"] + [entry for entry in meta["held_out"] if entry["id"] not in known]
     try:
         path.mkdir(parents=True, exist_ok=True)
-        temporary = path / f".{META}.tmp"
-        temporary.write_text(json.dumps(meta) + "\n")
-        temporary.replace(path / META)
+        with whole_file(path / META) as temporary:
+            temporary.write_text(json.dumps(meta) + "\n")
     except OSError as error:
         raise CheckpointError(f"cannot write a corpus to {str(path)!r}: {error}") from error
     return meta
@@ -300,12 +300,10 @@ def _write_shard(
         "temperature": torch.tensor(temperatures, dtype=torch.float32),
         "finish": torch.tensor(finish, dtype=torch.uint8),
     }
-    temporary = file.with_name(f".{file.name}.tmp")
     try:
-        save_file(tensors, temporary, metadata={"ids": json.dumps(ids)})
-        temporary.replace(file)
+        with whole_file(file) as temporary:
+            save_file(tensors, temporary, metadata={"ids": json.dumps(ids)})
     except (OSError, SafetensorError) as error:
-        temporary.unlink(missing_ok=True)
         raise CheckpointError(
             f"cannot write {str(file)!r}: {error}; shards written so far stay. Free some space and run it again"
         ) from error

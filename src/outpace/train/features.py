@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from outpace.errors import ConfigError
 from outpace.target.fast.wide import COMPILED_ROWS
 from outpace.target.packed import run_packed
+from outpace.train.files import whole_file
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -128,12 +129,10 @@ class KeptRows:
             self._places[row] = place
         elif len(self._files) < self._most_files:
             file = self._file(row)
-            temporary = file.with_suffix(".tmp")
             try:
-                save_file({"states": states.cpu().contiguous()}, temporary)
-                temporary.replace(file)
+                with whole_file(file) as temporary:
+                    save_file({"states": states.cpu().contiguous()}, temporary)
             except (OSError, SafetensorError) as error:
-                temporary.unlink(missing_ok=True)
                 raise ConfigError(
                     f"cannot keep features in {str(file.parent)!r}: {error}. Free some space, or lower --keep-disk-gib"
                 ) from error
