@@ -78,39 +78,20 @@ def measure(target: Target, corpus: Corpus, spec: str, options: argparse.Namespa
         trainer = Trainer(target, drafter, corpus, folder, settings)
         store, trainer.kept = trainer.kept, None
         batches = _cycle(trainer)
-        figures, clock = Figures.none(drafter.recipe.depths, target.device), Clocked(target.device)
-        operations = None if drafter.needs.scouts else _operations(trainer, batches, figures, clock)
-        started = perf_counter()
-        for _ in range(3):
-            trainer._step(batches, figures, clock)
-        torch.cuda.synchronize()
-        warm = perf_counter() - started
-        clock.marks.clear()
+        figures = Figures.none(drafter.recipe.depths, target.device)
+        operations = None if drafter.needs.scouts else _operations(trainer, batches, figures)
+        warm = 3 * timed(trainer, batches, figures, 3)[0]
         torch.cuda.reset_peak_memory_stats()
-        started = perf_counter()
-        for _ in range(options.steps):
-            trainer._step(batches, figures, clock)
-        torch.cuda.synchronize()
-        seconds = (perf_counter() - started) / options.steps
-        share = clock.feature_share()
+        seconds, share = timed(trainer, batches, figures, options.steps)
         parts = where_time_goes(trainer, batches, figures, options.steps)
         if options.profile:
             _profile(trainer, batches, figures)
         kept = {}
         if store is not None:
             trainer.kept = store
-            for _ in range(4):  # the three batches of a cycle, and one that finds its rows
-                trainer._step(batches, figures, clock)
-            torch.cuda.synchronize()
-            clock.marks.clear()
-            started = perf_counter()
-            for _ in range(options.steps):
-                trainer._step(batches, figures, clock)
-            torch.cuda.synchronize()
-            kept = {
-                "kept_step_ms": 1e3 * (perf_counter() - started) / options.steps,
-                "kept_feature_share": clock.feature_share(),
-            }
+            timed(trainer, batches, figures, 4)  # the three batches of a cycle, and one that finds its rows
+            again, again_share = timed(trainer, batches, figures, options.steps)
+            kept = {"kept_step_ms": 1e3 * again, "kept_feature_share": again_share}
     tokens = trainer.rows_per_step * drafter.recipe.row_length
     return {
         "drafter": spec, "tokens_per_step": tokens, "step_ms": 1e3 * seconds, "tokens_per_second": tokens / seconds,
@@ -118,6 +99,17 @@ def measure(target: Target, corpus: Corpus, spec: str, options: argparse.Namespa
         "feature_share": share, **kept, "memory_gib": torch.cuda.max_memory_allocated() / 2**30,
         "warm_up_s": warm, "parts_ms": parts,
     }  # fmt: skip
+
+
+def timed(trainer: Trainer, batches: Any, figures: Figures, steps: int) -> tuple[float, float]:
+    """Seconds of a step, and the share of features in it."""
+    clock = Clocked(trainer.target.device)
+    torch.cuda.synchronize()
+    started = perf_counter()
+    for _ in range(steps):
+        trainer._step(batches, figures, clock)
+    torch.cuda.synchronize()
+    return (perf_counter() - started) / steps, clock.feature_share()
 
 
 class Stopwatch:
@@ -182,12 +174,12 @@ def _cycle(trainer: Trainer) -> Any:
         yield from kept
 
 
-def _operations(trainer: Trainer, batches: Any, figures: Figures, clock: Clocked) -> int:
+def _operations(trainer: Trainer, batches: Any, figures: Figures) -> int:
     """Of one step (not of scouts: their attention kernel runs compiled or not at all)."""
     attention = (torch.ops.aten._flash_attention_forward, torch.ops.aten._flash_attention_backward)
     counter = FlopCounterMode(display=False, custom_mapping=dict.fromkeys(attention, lambda *_, **__: 0))
     with torch.compiler.set_stance("force_eager"), counter:
-        trainer._step(batches, figures, clock)
+        trainer._step(batches, figures, Clocked(trainer.target.device))
     return int(counter.get_total_flops())
 
 
