@@ -153,7 +153,7 @@ def test_truncated_laws_stay_on_the_device(pair, law, drafter, monkeypatch):
     "law", [{"top_k": 50}, {"top_p": 0.9}, {"top_p": 0.999, "top_k": 3000}, {"min_p": 0.02}], ids=str
 )
 def test_a_large_vocabulary_is_truncated_as_warp_does(law, dtype):
-    from outpace.engine.device.truncation import Truncation, cut_rows
+    from outpace.engine.device.truncation import Cutter, Truncation
     from outpace.laws import Settings, warp
     from truncated import kept_ids
 
@@ -161,12 +161,12 @@ def test_a_large_vocabulary_is_truncated_as_warp_does(law, dtype):
     laws = [Settings(temperature=heat, **law) for heat in (0.7, 1.3)]
     cut = Truncation.room(2, logits.device)
     cut.load(laws)
-    cuts, lasts = (torch.empty(6, dtype=torch.int32, device="cuda") for _ in range(2))
-    cut_rows(logits, torch.tensor([0.7, 1.3], device="cuda"), cut, cuts, lasts)
+    cutter = Cutter(8, 151_936, logits.device)
+    cutter(logits, torch.tensor([0.7, 1.3], device="cuda"), cut)
     for b, one in enumerate(laws):
         wanted, mass = warp(logits[b].float(), one) > 0, torch.softmax(logits[b].double() / one.temperature, -1)
         for row in range(3):
-            found = kept_ids(logits[b, row], int(cuts[3 * b + row]), int(lasts[3 * b + row]))
+            found = kept_ids(logits[b, row], int(cutter.cuts[3 * b + row]), int(cutter.lasts[3 * b + row]))
             assert float(mass[row][found != wanted[row]].sum()) < 1e-6
 
 

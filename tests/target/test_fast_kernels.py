@@ -11,7 +11,7 @@ from interpreted import require_interpreter
 require_interpreter()
 
 from outpace.engine.device.kernels import Chance, Chooser, Keys, advance, walk
-from outpace.engine.device.truncation import Truncation, cut_rows
+from outpace.engine.device.truncation import Cutter, Truncation
 from outpace.laws import Noise, NoiseDice, Sampler, Settings, Tree, warp
 from outpace.laws.rules import walk_path
 from outpace.target import Block, Target
@@ -154,12 +154,12 @@ def test_a_truncated_law_keeps_what_warp_keeps(settings, dtype):
     laws = [Settings(temperature=heat, **settings) for heat in heats]
     cut = Truncation.room(4, logits.device)
     assert cut.load(laws) == bool(settings)
-    cuts, lasts = torch.empty(6, dtype=torch.int32), torch.empty(6, dtype=torch.int32)
-    cut_rows(logits, torch.tensor([*heats, 0.0]), cut, cuts, lasts)
+    cutter = Cutter(8, vocabulary, logits.device, chunk=512)
+    cutter(logits, torch.tensor([*heats, 0.0]), cut)
     for b, law in enumerate(laws):
         wanted, mass = warp(logits[b].float(), law) > 0, torch.softmax(logits[b].double() / law.temperature, -1)
         for row in range(rows):
-            found = kept_ids(logits[b, row], int(cuts[2 * b + row]), int(lasts[2 * b + row]))
+            found = kept_ids(logits[b, row], int(cutter.cuts[2 * b + row]), int(cutter.lasts[2 * b + row]))
             found &= mass[row] > 0
             assert float(mass[row][found != wanted[row]].sum()) < (1e-6 if law.top_p else 1e-30)
 

@@ -18,7 +18,7 @@ import torch
 import triton
 import triton.language as tl
 
-from outpace.engine.device.truncation import Truncation, cut_rows, kept, shift_of
+from outpace.engine.device.truncation import Cutter, Truncation, kept, shift_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -216,8 +216,7 @@ class Chooser:
         self.peaks = torch.empty(rows, self.tiles, dtype=torch.float32, device=device)
         self.ids = torch.empty(rows, self.tiles, dtype=torch.int32, device=device)
         self.sums = torch.empty(rows, self.tiles, dtype=torch.float64, device=device)
-        self.cuts = torch.empty(rows, dtype=torch.int32, device=device)
-        self.lasts = torch.empty(rows, dtype=torch.int32, device=device)
+        self.cutter = Cutter(rows, vocabulary, device)
         self.chosen = torch.empty(rows, dtype=torch.int64, device=device)
 
     def __call__(
@@ -238,15 +237,16 @@ class Chooser:
         batch, rows, vocabulary = logits.shape
         grid = (batch * rows, self.tiles)
         if chance.truncated:
-            cut_rows(logits, temperature, truncation, self.cuts, self.lasts)
+            self.cutter(logits, temperature, truncation)
+        cuts, lasts = self.cutter.cuts, self.cutter.lasts
         _peaks_kernel[grid](
             logits, self.peaks, self.ids, self.sums, temperature, keys.kinds, keys.seeds, keys.requests, positions,
-            self.cuts, self.lasts, rows, vocabulary, self.tiles, BLOCK=_TILE, SAMPLED=chance.uniform,
+            cuts, lasts, rows, vocabulary, self.tiles, BLOCK=_TILE, SAMPLED=chance.uniform,
             RACED=chance.gumbel, CUT=chance.truncated, SHIFT=shift_of(logits), num_warps=4,
         )  # fmt: skip
         _choose_kernel[(batch * rows,)](
             logits, self.peaks, self.ids, self.sums, temperature, keys.kinds, keys.seeds, keys.requests, positions,
-            self.cuts, self.lasts, self.chosen, rows, vocabulary, self.tiles, BLOCK=_TILE,
+            cuts, lasts, self.chosen, rows, vocabulary, self.tiles, BLOCK=_TILE,
             WIDTH=triton.next_power_of_2(self.tiles), SAMPLED=chance.uniform, RACED=chance.gumbel,
             CUT=chance.truncated, SHIFT=shift_of(logits), num_warps=4,
         )  # fmt: skip

@@ -1,9 +1,10 @@
 """Top-k, top-p and min-p on the device: which ids of a row stay, as a threshold.
 
 What `laws.warp` keeps of a row are its largest logits, so two numbers say it: the order key of the smallest logit
-kept, and the last id of those that tie with it. One program finds them for a row. Each search looks at all logits with
-sixteen thresholds at a time and goes on between the two that hold the goal, until they are neighbours; nothing is
-sorted, and a row that is not truncated is not read.
+kept, and the last id of those that tie with it. Searches find them: one for top-k, one behind it for top-p. At each
+level, programs for all chunks of a row measure what ids hold from each of sixteen keys on, and the next level goes on
+between the two keys that the goal lies between: four levels for the 65 536 keys of bfloat16, eight for float32. Nothing
+is sorted; a row that is not truncated is read once.
 
 Weights are exp((logit - largest) / temperature) in float32, summed in float64: an id whose cumulated mass is within
 about 1e-7 of top-p may fall on the other side than in torch.
@@ -27,8 +28,8 @@ if TYPE_CHECKING:
 
     from outpace.laws import Settings
 
-_BLOCK: Final = 1024
-_WARPS: Final = 8
+_CHUNK: Final = 2048  # ids of one program
+_BLOCK: Final = 512  # ids that are compared with sixteen keys at a time
 _SHIFTS: Final = {torch.bfloat16: 16, torch.float16: 13, torch.float32: 0}  # low bits that a widened number never uses
 
 
@@ -85,101 +86,177 @@ def _value(key, SHIFT: tl.constexpr):
 
 
 @triton.jit
-def _weights(ROW, start, V, heat, top, floor, SHIFT: tl.constexpr, BLOCK: tl.constexpr):
-    """Order keys of a tile, and weights of what is not below `floor`."""
-    at = start + tl.arange(0, BLOCK)
-    x = tl.load(ROW + at, mask=at < V, other=float("-inf")).to(tl.float32)
-    key = _order(x, SHIFT)
-    weight = tl.where((at < V) & (key >= floor), tl.exp(x / heat - top / heat), 0.0)
-    return key, weight
+def _keys(LOGITS, row, at, V, SHIFT: tl.constexpr):
+    """Order keys of a row's ids, and the logits."""
+    x = tl.load(LOGITS + row.to(tl.int64) * V + at, mask=at < V, other=float("-inf")).to(tl.float32)
+    return _order(x, SHIFT), x
 
 
 @triton.jit
-def _search(
-    ROW, V, low, high, goal, heat, top, floor,
-    COUNTS: tl.constexpr, SHIFT: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """The largest key from which on ids hold `goal`, and what those above it hold.
+def _top(TOPS, row, T, WIDTH: tl.constexpr):
+    """The largest logit of a row."""
+    at = tl.arange(0, WIDTH)
+    return tl.max(tl.load(TOPS + row * T + at, mask=at < T, other=float("-inf")), 0)
 
-    low, high: int64 keys; ids from `low` on hold it, those from `high` on do not. COUNTS: ids count, not their mass.
+
+@triton.jit
+def _narrowed(EDGES, ABOVES, PARTS, place, T, goal, share, WIDTH: tl.constexpr):
+    """Between which keys the goal lies, once a level's sums are there: (low, high, held above high, all there is).
+
+    place: of the level's row. goal: what ids from the sought key on hold; where share is below one, that share of all.
     """
-    above = tl.full([], 0.0, tl.float64)
-    while high - low > 1:
-        step = (high - low + 15) // 16
-        pivots = low + step * (1 + tl.arange(0, 16).to(tl.int64))
-        sums = tl.zeros([BLOCK, 16], tl.float32)
-        for start in range(0, V, BLOCK):
-            key, weight = _weights(ROW, start, V, heat, top, floor, SHIFT, BLOCK)
-            if COUNTS:
-                weight = tl.where(start + tl.arange(0, BLOCK) < V, 1.0, 0.0)
-            sums += tl.where(key.to(tl.int64)[:, None] >= pivots[None, :], weight[:, None], 0.0)
-        held = tl.sum(sums.to(tl.float64), 0)
-        reached = tl.sum(((held >= goal) & (pivots < high)).to(tl.int64), 0)
-        next_pivot = low + step * (reached + 1)
-        above = tl.where(next_pivot < high, tl.sum(tl.where(pivots == next_pivot, held, 0.0), 0), above)
-        high = tl.minimum(high, next_pivot)
-        low += step * reached
-    return low, above
+    at = tl.arange(0, 16)
+    tile = tl.arange(0, WIDTH)
+    low = tl.load(EDGES + place * 2)
+    high = tl.load(EDGES + place * 2 + 1)
+    parts = PARTS + place * T * 16 + tile[:, None] * 16 + at[None, :]
+    held = tl.sum(tl.load(parts, mask=(tile < T)[:, None], other=0.0), 0)
+    whole = tl.sum(tl.where(at == 0, held, 0.0), 0)
+    goal = tl.where(share < 1, share * whole, goal)
+    step = (high - low + 15) // 16
+    pivots = low + step * at
+    reached = tl.maximum(tl.sum(((held >= goal) & (pivots < high)).to(tl.int64), 0), 1)
+    upper = low + step * reached
+    above = tl.where(upper < high, tl.sum(tl.where(at == reached, held, 0.0), 0), tl.load(ABOVES + place))
+    return low + step * (reached - 1), tl.minimum(high, upper), above, whole
 
 
 @triton.jit
-def _cut_kernel(
-    LOGITS, TEMPERATURE, TOP_K, TOP_P, MIN_P, CUTS, LASTS, R, V, SHIFT: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """Threshold and last tied id of one row."""
+def _tops_kernel(LOGITS, TOPS, V, T, CHUNK: tl.constexpr):
+    """The largest logit of a chunk."""
     row = tl.program_id(0)
+    tile = tl.program_id(1)
+    at = tile * CHUNK + tl.arange(0, CHUNK)
+    x = tl.load(LOGITS + row.to(tl.int64) * V + at, mask=at < V, other=float("-inf")).to(tl.float32)
+    tl.store(TOPS + row * T + tile, tl.max(x, 0))
+
+
+@triton.jit(do_not_specialize=["LEVEL"])
+def _level_kernel(
+    LOGITS, TEMPERATURE, TOP_K, TOP_P, TOPS, FLOORS, WHOLES, EDGES, ABOVES, PARTS, R, V, T, M, LEVEL,
+    MASS: tl.constexpr, FIRST: tl.constexpr, LEVELS: tl.constexpr, SHIFT: tl.constexpr, CHUNK: tl.constexpr,
+    BLOCK: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
+    """What ids of a chunk hold from each of sixteen keys on, the keys between which the level before has put the goal.
+
+    MASS: they hold their weight, and the goal is top_p of all; otherwise their number, and it is top_k. FIRST: all keys
+    are possible that the search before has left.
+    """
+    row = tl.program_id(0)
+    tile = tl.program_id(1)
     request = row // R
     heat = tl.load(TEMPERATURE + request)
     top_k = tl.load(TOP_K + request)
     top_p = tl.load(TOP_P + request)
-    min_p = tl.load(MIN_P + request)
+    counts = (top_k > 0) & (top_k < V)
+    if (heat > 0) & ((top_p < 1) if MASS else counts):
+        now = (LEVEL % 2) * M + row
+        before = M - now + 2 * row
+        top = _top(TOPS, row, T, WIDTH)
+        floor = tl.full([], -(1 << 31), tl.int32) >> SHIFT
+        share = tl.full([], 1.0, tl.float64)
+        goal = top_k.to(tl.float64)
+        if FIRST:
+            if MASS:
+                if counts:
+                    found, _high, _above, _whole = _narrowed(EDGES, ABOVES, PARTS, before, T, goal, share, WIDTH)
+                    floor = found.to(tl.int32)
+                tl.store(FLOORS + row, floor, mask=tile == 0)
+            low = floor.to(tl.int64)
+            high = _order(top, SHIFT).to(tl.int64) + 1
+            above = tl.full([], 0.0, tl.float64)
+        else:
+            if MASS:
+                floor = tl.load(FLOORS + row)
+                if LEVEL % LEVELS == 1:
+                    share = top_p
+                else:
+                    goal = top_p * tl.load(WHOLES + row)
+            low, high, above, whole = _narrowed(EDGES, ABOVES, PARTS, before, T, goal, share, WIDTH)
+            if MASS:
+                tl.store(WHOLES + row, whole, mask=(tile == 0) & (LEVEL % LEVELS == 1))
+        tl.store(EDGES + now * 2, low, mask=tile == 0)
+        tl.store(EDGES + now * 2 + 1, high, mask=tile == 0)
+        tl.store(ABOVES + now, above, mask=tile == 0)
+        pivots = low + (high - low + 15) // 16 * tl.arange(0, 16)
+        sums = tl.zeros([BLOCK, 16], tl.float32)
+        for start in range(0, CHUNK, BLOCK):
+            at = tile * CHUNK + start + tl.arange(0, BLOCK)
+            key, x = _keys(LOGITS, row, at, V, SHIFT)
+            weight = tl.where((at < V) & (key >= floor), tl.exp(x / heat - top / heat) if MASS else 1.0, 0.0)
+            sums += tl.where(key.to(tl.int64)[:, None] >= pivots[None, :], weight[:, None], 0.0)
+        held = tl.sum(sums.to(tl.float64), 0)
+        tl.store(PARTS + (now * T + tile) * 16 + tl.arange(0, 16), held)
+
+
+@triton.jit
+def _ties_kernel(
+    LOGITS, TEMPERATURE, TOP_K, TOP_P, TOPS, FLOORS, WHOLES, EDGES, ABOVES, PARTS, CUTS, WANTED, TIES, R, V, T, M,
+    LEVELS: tl.constexpr, SHIFT: tl.constexpr, CHUNK: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
+    """The smallest key that stays, how many of those that tie with it do, and how many there are in a chunk."""
+    row = tl.program_id(0)
+    tile = tl.program_id(1)
+    request = row // R
+    heat = tl.load(TEMPERATURE + request)
+    top_k = tl.load(TOP_K + request)
+    top_p = tl.load(TOP_P + request)
     cut = tl.full([], -(1 << 31), tl.int32) >> SHIFT
+    wanted = tl.full([], float("inf"), tl.float64)
+    one = tl.full([], 1.0, tl.float64)
+    if (heat > 0) & (top_p < 1):
+        goal = top_p * tl.load(WHOLES + row)
+        place = (2 * LEVELS - 1) % 2 * M + row
+        low, _high, above, _whole = _narrowed(EDGES, ABOVES, PARTS, place, T, goal, one, WIDTH)
+        cut = low.to(tl.int32)
+        each = tl.exp(_value(cut, SHIFT) / heat - _top(TOPS, row, T, WIDTH) / heat).to(tl.float64)
+        wanted = tl.maximum(tl.ceil((goal - above) / each), 1.0)
+        at = tile * CHUNK + tl.arange(0, CHUNK)
+        key, _x = _keys(LOGITS, row, at, V, SHIFT)
+        tl.store(TIES + row * T + tile, tl.sum(((key == cut) & (at < V)).to(tl.int32), 0))
+    elif (heat > 0) & (top_k > 0) & (top_k < V):
+        place = (LEVELS - 1) % 2 * M + row
+        low, _high, _above, _whole = _narrowed(EDGES, ABOVES, PARTS, place, T, top_k.to(tl.float64), one, WIDTH)
+        cut = low.to(tl.int32)
+    tl.store(CUTS + row, cut, mask=tile == 0)
+    tl.store(WANTED + row, wanted, mask=tile == 0)
+
+
+@triton.jit
+def _last_kernel(
+    LOGITS, TEMPERATURE, MIN_P, TOPS, CUTS, LASTS, WANTED, TIES, R, V, T,
+    SHIFT: tl.constexpr, CHUNK: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
+    """The last id that stays of those that tie, and min-p."""
+    row = tl.program_id(0)
+    request = row // R
+    heat = tl.load(TEMPERATURE + request)
+    min_p = tl.load(MIN_P + request)
+    cut = tl.load(CUTS + row)
+    wanted = tl.load(WANTED + row)
     last = tl.full([], 0, tl.int32) + V
-    if (heat > 0) & (((top_k > 0) & (top_k < V)) | (top_p < 1) | (min_p > 0)):
-        base = LOGITS + row.to(tl.int64) * V
-        best = tl.full([BLOCK], float("-inf"), tl.float32)
-        for start in range(0, V, BLOCK):
-            at = start + tl.arange(0, BLOCK)
-            best = tl.maximum(best, tl.load(base + at, mask=at < V, other=float("-inf")).to(tl.float32))
-        top = tl.max(best, 0)
-        best_key = _order(top, SHIFT).to(tl.int64)
-        if (top_k > 0) & (top_k < V):
-            found, _above = _search(
-                base, V, cut.to(tl.int64), best_key + 1, top_k.to(tl.float64), heat, top, cut, True, SHIFT, BLOCK
-            )
-            cut = found.to(tl.int32)
-        if top_p < 1:
-            sums = tl.zeros([BLOCK], tl.float32)
-            for start in range(0, V, BLOCK):
-                _key, weight = _weights(base, start, V, heat, top, cut, SHIFT, BLOCK)
-                sums += weight
-            total = tl.sum(sums.to(tl.float64), 0)
-            goal = top_p * total
-            rare = (0.5 * (1 - top_p) * total / V).to(tl.float32)  # ids that weigh less can all be left out together
-            low = tl.maximum(cut, _order(top + heat * tl.log(rare), SHIFT)).to(tl.int64)
-            found, above = _search(base, V, low, best_key + 1, goal, heat, top, cut, False, SHIFT, BLOCK)
-            cut = found.to(tl.int32)
-            each = tl.exp(_value(cut, SHIFT) / heat - top / heat).to(tl.float64)
-            wanted = tl.maximum(tl.ceil((goal - above) / each), 1.0)
-            before = tl.full([], 0.0, tl.float64)
-            for start in range(0, V, BLOCK):  # the id at which enough of those that tie have been met
-                key, _weight = _weights(base, start, V, heat, top, cut, SHIFT, BLOCK)
-                ties = ((key == cut) & (start + tl.arange(0, BLOCK) < V)).to(tl.int32)
-                met = before + tl.cumsum(ties, 0).to(tl.float64)
-                here = tl.min(tl.where((ties > 0) & (met >= wanted), start + tl.arange(0, BLOCK), V), 0)
-                last = tl.minimum(last, here)
-                before += tl.sum(ties, 0).to(tl.float64)
-        if min_p > 0:
-            low = cut.to(tl.int64) - 1  # not kept, or not likely enough
-            high = best_key
-            while high - low > 1:
-                middle = (low + high) // 2
-                likely = tl.exp(_value(middle.to(tl.int32), SHIFT) / heat - top / heat) >= min_p
-                high = tl.where(likely, middle, high)
-                low = tl.where(likely, low, middle)
-            last = tl.where(high > cut, V, last)
-            cut = high.to(tl.int32)
-    tl.store(CUTS + row, cut)
+    if wanted < float("inf"):
+        tile = tl.arange(0, WIDTH)
+        ties = tl.load(TIES + row * T + tile, mask=tile < T, other=0)
+        met = tl.cumsum(ties, 0)
+        chunk = tl.min(tl.where((met.to(tl.float64) >= wanted) & (tile < T), tile, T), 0)
+        before = tl.sum(tl.where(tile < chunk, ties, 0), 0)
+        at = chunk * CHUNK + tl.arange(0, CHUNK)
+        key, _x = _keys(LOGITS, row, at, V, SHIFT)
+        tied = ((key == cut) & (at < V)).to(tl.int32)
+        enough = (tied > 0) & ((before + tl.cumsum(tied, 0)).to(tl.float64) >= wanted)
+        last = tl.min(tl.where(enough, at, V), 0)
+    if (heat > 0) & (min_p > 0):
+        top = _top(TOPS, row, T, WIDTH)
+        low = cut.to(tl.int64) - 1  # not kept, or not likely enough
+        high = _order(top, SHIFT).to(tl.int64)
+        while high - low > 1:
+            middle = (low + high) // 2
+            likely = tl.exp(_value(middle.to(tl.int32), SHIFT) / heat - top / heat) >= min_p
+            high = tl.where(likely, middle, high)
+            low = tl.where(likely, low, middle)
+        last = tl.where(high > cut, V, last)
+        tl.store(CUTS + row, high.to(tl.int32))
     tl.store(LASTS + row, last)
 
 
@@ -188,13 +265,51 @@ def shift_of(logits: Tensor) -> int:
     return _SHIFTS[logits.dtype]
 
 
-def cut_rows(logits: Tensor, temperature: Tensor, truncation: Truncation, cuts: Tensor, lasts: Tensor) -> None:
-    """Find what stays of every row; see `kept`.
+class Cutter:
+    """Room for truncating M rows of a vocabulary, and finding what stays of them.
 
-    logits: [B, R, V] contiguous; temperature: [B] float32. Written: cuts, lasts [B * R] int32.
+    Attributes:
+        cuts, lasts: [M] int32, see `kept`.
     """
-    batch, rows, vocabulary = logits.shape
-    _cut_kernel[(batch * rows,)](
-        logits, temperature, *truncation, cuts, lasts, rows, vocabulary, SHIFT=shift_of(logits),
-        BLOCK=min(_BLOCK, triton.next_power_of_2(vocabulary)), num_warps=_WARPS,
-    )  # fmt: skip
+
+    def __init__(self, rows: int, vocabulary: int, device: torch.device, *, chunk: int = _CHUNK) -> None:
+        self.rows, self.chunk, self.chunks = rows, chunk, -(-vocabulary // chunk)
+
+        def room(dtype: torch.dtype, *shape: int) -> Tensor:
+            return torch.empty(*shape, dtype=dtype, device=device)
+
+        self.cuts, self.lasts = room(torch.int32, rows), room(torch.int32, rows)
+        self._tops, self._ties = room(torch.float32, rows, self.chunks), room(torch.int32, rows, self.chunks)
+        self._floors, self._wholes, self._wanted = (
+            room(dtype, rows) for dtype in (torch.int32, torch.float64, torch.float64)
+        )
+        # two levels of a search: the one that is read, and the one that is written
+        self._edges, self._aboves = room(torch.int64, 2, rows, 2), room(torch.float64, 2, rows)
+        self._parts = room(torch.float64, 2, rows, self.chunks, 16)
+
+    def __call__(self, logits: Tensor, temperature: Tensor, truncation: Truncation) -> None:
+        """Write cuts and lasts of the first B * R rows.
+
+        logits: [B, R, V] contiguous; temperature: [B] float32.
+        """
+        batch, rows, vocabulary = logits.shape
+        shift, width = shift_of(logits), triton.next_power_of_2(self.chunks)
+        levels = -(-(32 - shift) // 4)
+        grid = (batch * rows, self.chunks)
+        top_k, top_p, min_p = truncation
+        search = (self._tops, self._floors, self._wholes, self._edges, self._aboves, self._parts)
+        _tops_kernel[grid](logits, self._tops, vocabulary, self.chunks, CHUNK=self.chunk, num_warps=4)
+        for level in range(2 * levels):
+            _level_kernel[grid](
+                logits, temperature, top_k, top_p, *search, rows, vocabulary, self.chunks, self.rows, level,
+                MASS=level >= levels, FIRST=level % levels == 0, LEVELS=levels, SHIFT=shift, CHUNK=self.chunk,
+                BLOCK=min(_BLOCK, self.chunk), WIDTH=width, num_warps=4,
+            )  # fmt: skip
+        _ties_kernel[grid](
+            logits, temperature, top_k, top_p, *search, self.cuts, self._wanted, self._ties, rows, vocabulary,
+            self.chunks, self.rows, LEVELS=levels, SHIFT=shift, CHUNK=self.chunk, WIDTH=width, num_warps=4,
+        )  # fmt: skip
+        _last_kernel[(batch * rows,)](
+            logits, temperature, min_p, self._tops, self.cuts, self.lasts, self._wanted, self._ties, rows, vocabulary,
+            self.chunks, SHIFT=shift, CHUNK=self.chunk, WIDTH=width, num_warps=4,
+        )  # fmt: skip
