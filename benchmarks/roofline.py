@@ -304,7 +304,7 @@ def batches(name: str, target: Target, rate: float, sizes: tuple[int, ...] = (1,
 
 
 DRAFTED = (
-    "eagle3:draft_len=4,branches=1,nodes=4,vocabulary=16384", "eagle3:draft_len=5,branches=4,nodes=15,vocabulary=8192",
+    "eagle3:draft_len=4,branches=1,nodes=4,vocabulary=16384", "eagle3:draft_len=5,branches=4,nodes=15,vocabulary=16384",
     "eagle3:draft_len=6,branches=8,nodes=31,vocabulary=16384", "eagle2:draft_len=5,branches=4,nodes=15",
     "mtp:draft_len=5,branches=4,nodes=15,vocabulary=16384", "medusa:heads=4,nodes=15,vocabulary=16384",
 )  # fmt: skip
