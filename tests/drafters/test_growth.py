@@ -45,10 +45,11 @@ def test_tree_1_and_2_the_kept_nodes_are_the_most_probable_and_a_tree(seed, dept
     tokens, parents, values = born(torch.Generator().manual_seed(seed), depth, branches, sure=sure)
     values32 = torch.tensor([values])
     count = min(nodes, len(tokens))
-    ours_tokens, ours_parents = kept(torch.tensor([tokens]), torch.tensor([parents]), values32, count)
+    ours_tokens, ours_parents, ours_values = kept(torch.tensor([tokens]), torch.tensor([parents]), values32, count)
     want = sorted(sorted(range(len(tokens)), key=lambda i: (-float(values32[0, i]), i))[:count])
     number = {-1: -1} | {node: i for i, node in enumerate(want)}
     assert ours_tokens[0].tolist() == [tokens[i] for i in want]
+    assert torch.equal(ours_values[0], values32[0, want])
     assert ours_parents[0].tolist() == [number[parents[i]] for i in want], "every kept node's parent is kept"
     tree = Tree(ours_tokens[0].tolist(), ours_parents[0].tolist())
     tree.check(20, "growth")

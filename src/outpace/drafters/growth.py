@@ -9,7 +9,7 @@ parent and stands behind it, so the nodes that stay are always a tree.
 from __future__ import annotations
 
 import heapq
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, NamedTuple
 
@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from outpace.drafters.rows import Embed, RowNet
 
 Ranks = tuple[int, ...]
+Hear = Callable[["Tensor", int], "Tensor"]
+"""What outputs [B, F, H] of a depth become once something else has been heard; the root's are of depth 1."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,30 +152,42 @@ def grow(
     net: RowNet, embed: Embed, cache: RowCache, plan: Plan, batch: int, width: int, draws: Draws | None = None
 ) -> tuple[Tensor, Tensor]:
     """(tokens, parents), [B, plan.width] int64 each, breadth first: the tree behind each request's kept rows."""
-    return kept(*born(net, embed, cache, plan, batch, width, draws), plan.width)
+    tokens, parents, _ = kept(*born(net, embed, cache, plan, batch, width, draws), plan.width)
+    return tokens, parents
 
 
 def born(
-    net: RowNet, embed: Embed, cache: RowCache, plan: Plan, batch: int, width: int, draws: Draws | None = None
+    net: RowNet,
+    embed: Embed,
+    cache: RowCache,
+    plan: Plan,
+    batch: int,
+    width: int,
+    draws: Draws | None = None,
+    hear: Hear | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(tokens, parents, values), [B, plan.born] each: all nodes generated, of which `grow` keeps the best.
 
     A plan of less depth generates the first of them.
     """
     k = plan.branches
-    top = cache.top[:batch]
+    top = cache.top[:batch, None]
     device = top.device
-    values, ids = children(net.head(net.readout(top))[:, None], k, draws)
+    if hear is not None:
+        top = hear(top, 1)
+    values, ids = children(net.head(net.readout(top)), k, draws)
     tokens = net.head.to_target(ids[:, 0])  # [B, k]: depth 1
     value = values[:, 0]
     every_token, every_value = [tokens], [value]
     every_parent = [torch.full_like(tokens, -1)]
     frontier = torch.arange(k, device=device).expand(batch, -1)  # birth index of the nodes to expand
-    z = net.feedback(top)[:, None].expand(-1, k, -1)
+    z = net.feedback(top).expand(-1, k, -1)
     eye = torch.eye(k, dtype=torch.bool, device=device).expand(batch, -1, -1)
     sees = eye
     for depth in range(2, plan.depth + 1):
         y = _step(net, embed, cache, tokens, z, sees, depth - 1, width)
+        if hear is not None:
+            y = hear(y, depth)
         values, ids = children(net.head(net.readout(y)), k, draws, depth)
         born_token = net.head.to_target(ids).flatten(1)  # [B, k * k]
         born_value = (value[..., None] + values).flatten(1)
@@ -211,18 +225,19 @@ def _best(value: Tensor, count: int) -> Tensor:
     return torch.sort(value, dim=-1, descending=True, stable=True).indices[:, :count]
 
 
-def kept(tokens: Tensor, parents: Tensor, value: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """The `count` nodes of most value, in order of birth, parents renumbered: tokens and parents [B, count].
+def kept(tokens: Tensor, parents: Tensor, value: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The `count` nodes of most value, in order of birth, parents renumbered: tokens, parents and values [B, count].
 
     tokens, parents, value: [B, n], parents before children, a child's value never above its parent's.
     """
     batch, born = tokens.shape
     if count == born:
-        return tokens, parents
+        return tokens, parents, value
     order = _best(value, count).sort(-1).values
     number = torch.full_like(parents, -1).scatter(1, order, torch.arange(count, device=order.device).expand(batch, -1))
     parent = parents.gather(1, order)
-    return tokens.gather(1, order), torch.where(parent < 0, parent, number.gather(1, parent.clamp_min(0)))
+    renumbered = torch.where(parent < 0, parent, number.gather(1, parent.clamp_min(0)))
+    return tokens.gather(1, order), renumbered, value.gather(1, order)
 
 
 @dataclass(frozen=True, slots=True)

@@ -73,10 +73,19 @@ class RowNet(nn.Module):
         return None
 
 
-def unrolled_losses(net: RowNet, batch: Batch, recipe: Recipe, *, dense: bool | None = None) -> Losses:
+def unrolled_losses(
+    net: RowNet,
+    batch: Batch,
+    recipe: Recipe,
+    *,
+    dense: bool | None = None,
+    hear: Callable[[Tensor, int], Tensor] | None = None,
+) -> Losses:
     """Training-time test: every row runs `recipe.depths` steps on its own outputs, with the corpus's tokens.
 
     Gradients flow through features and through keys and values of earlier steps; nothing is detached.
+
+    hear: what outputs [B, T, H] of step 0, 1, ... become before they are read and fed back.
     """
     tokens = batch.tokens
     flat = tokens.flatten()
@@ -92,6 +101,8 @@ def unrolled_losses(net: RowNet, batch: Batch, recipe: Recipe, *, dense: bool | 
             embedded = batch.target.embed(shifted(tokens, 1 + step))
         cos, sin = net.rotary(batch.positions + step)
         y = net(embedded, z, cos, sin, unrolled.attend)
+        if hear is not None:
+            y = hear(y, step)
         where = batch.slots_before(step + 2)
         rows = y.flatten(0, 1).index_select(0, where)
         loss, hit = head_loss(

@@ -124,6 +124,14 @@ class Eagle3(FollowingDrafter):
 
     def build(self, target: Target) -> FusedNet:
         """The network for a target of the family table (its inner states are needed)."""
+        return self.network(target, self._ids)
+
+    def network(self, target: Target, ids: Tensor | None) -> FusedNet:
+        """The same with draft ids [vocabulary] given, or None for the first ones.
+
+        Raises:
+            UnsupportedError: for a model outside the family table.
+        """
         if target.family is None:
             raise UnsupportedError(
                 f"{self.name} reads states between layers, and {target.config.model_type} is outside the family table; "
@@ -136,7 +144,7 @@ class Eagle3(FollowingDrafter):
             intermediate=self.intermediate,
             head=self.head,
             vocabulary=self.vocabulary,
-            ids=self._ids,
+            ids=ids,
             norm_before_residual=self.norm_before_residual,
             norm_before_fc=self.norm_before_fc,
             fc_norm=self.fc_norm,
