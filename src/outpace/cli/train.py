@@ -28,6 +28,9 @@ def train(
     ],
     corpus: Annotated[Path, typer.Option("--corpus", "-c", help="Folder written by outpace corpus for this target.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder of the drafter; a run in it is continued.")],
+    begin_with: Annotated[
+        str, typer.Option(help="Folder of a trained drafter, or the name of one that ships, to go on from.")
+    ] = "",
     steps: Annotated[int, typer.Option(help="Optimiser steps; 0: by minutes or epochs.")] = 0,
     minutes: Annotated[float, typer.Option(help="Length of the run by the clock; the schedule ends with it.")] = 0.0,
     epochs: Annotated[float | None, typer.Option(help="Passes over the corpus.")] = None,
@@ -82,7 +85,7 @@ def train(
     made = _make(drafter, {name: value for name, value in given.items() if value is not None})
     settings = TrainSettings(
         steps=steps, minutes=minutes, seed=seed, optimizer=cast("Any", optimizer), parallel=cast("Any", parallel),
-        eval_every=eval_every,
+        eval_every=eval_every, begin_with=begin_with,
         eval_prompts=eval_prompts, eval_tokens=eval_tokens, save_every=save_every, keep_gib=keep_gib,
         keep_disk_gib=keep_disk_gib,
     )  # fmt: skip

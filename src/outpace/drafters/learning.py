@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import json
 import os
 from abc import abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
@@ -345,6 +346,39 @@ class LearnedDrafter(Drafter):
             self.module = self.build(target)
             self.tuning = self.tune(target)
         self._take(target)
+
+    def begin_with(self, source: str | os.PathLike[str]) -> None:
+        """Go on from weights that were trained before, instead of from initial ones; after `initialise`.
+
+        source: folder of a checkpoint, or the name of a drafter that ships for the target.
+
+        Raises:
+            CheckpointError: if there is none, it is for another target, or this drafter has no such weights.
+        """
+        folder = Path(source) if Path(source).is_dir() else find_shipped(os.fspath(source), self.target)
+        if folder is None:
+            raise CheckpointError(
+                f"nothing to begin with: {os.fspath(source)!r} is no folder of a drafter, and none of that name ships "
+                f"for {self.target.name}"
+            )
+        name = read_config(folder)["drafter"]
+        part = self.part_for(name)
+        if part is None:
+            raise CheckpointError(f"{str(folder)!r} holds drafter {name!r}, which {self.name!r} cannot begin with")
+        _, tensors = load_checkpoint(folder, name, self.target)
+        wanted = part.state_dict()
+        if {k: v.shape for k, v in tensors.items()} != {k: v.shape for k, v in wanted.items()}:
+            odd = sorted(k for k in tensors.keys() | wanted.keys() if k not in wanted or k not in tensors)
+            odd = odd or sorted(k for k in wanted if wanted[k].shape != tensors[k].shape)
+            raise CheckpointError(
+                f"{str(folder)!r} was trained with other options than this {self.name!r}: {', '.join(odd[:4])} differ; "
+                f"give those of its config ({json.dumps(read_config(folder)['options'])})"
+            )
+        part.load_state_dict(tensors)
+
+    def part_for(self, name: str) -> nn.Module | None:
+        """The part of the module that weights of a drafter of that name are for, or None."""
+        return self.module if name == self.name else None
 
     def fit(self, target: Target) -> None:
         """Load the weights this drafter was made from, or those shipped for that target, with outpace or with it.

@@ -60,10 +60,10 @@ class TrainSettings:
         parallel: "ddp" or "fsdp", with several processes.
         eval_every: steps between evaluations by the decode loop, 0 for one at the end. eval_prompts, eval_tokens: how
             many held-out prompts, how many tokens each.
+        begin_with: folder of a trained drafter, or name of one that ships, whose weights to begin with; empty: none.
         save_every: steps between states to resume from; 0: only at the end of an interrupted run.
         keep_gib, keep_disk_gib: host memory, and disk, of each process, in which states of the target are kept for the
             next epoch (`features.KeptRows`); 0 for none.
-        attend_dense: use the dense definition of unrolled attention instead of kernels.
     """
 
     steps: int = 0
@@ -74,6 +74,7 @@ class TrainSettings:
     eval_every: int = 500
     eval_prompts: int = 32
     eval_tokens: int = 128
+    begin_with: str = ""
     save_every: int = 500
     keep_gib: float = 0.0
     keep_disk_gib: float = 0.0
@@ -204,6 +205,8 @@ class Trainer:
         self.steps_per_epoch = max(1, len(self.packing.rows) // self.rows_per_step)
         drafter.prepare(corpus.answer_counts(target.vocabulary), target)
         drafter.initialise(target, seed=self.settings.seed)
+        if self.settings.begin_with:
+            drafter.begin_with(self.settings.begin_with)
         self.objective = _Objective(drafter)
         if target.device.type == "cuda" and self.recipe.rows * self.recipe.row_length >= COMPILED_ROWS:
             compile_halves(drafter.module)
