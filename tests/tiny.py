@@ -106,12 +106,20 @@ DRAFTERS = {
     "ptp tree": lambda name: learned(
         name, "ptp:rank=4,min_gain=0,branches=3,budget=24,adaptive=true,any_temperature=true", shaken=True
     ),
-    "ptp mask sampler": lambda name: learned(name, "ptp:mode=mask,rank=4,min_gain=0,sampler=true", shaken=True),
+    "ptp mask sampler": lambda name: learned(name, "ptp:mode=mask,rank=4,min_gain=0,sampler=chain", shaken=True),
     "ptp categorical sampler": lambda name: learned(
-        name, "ptp:mode=categorical,rank=4,min_gain=0,sampler=true,vocabulary=30", shaken=True
+        name, "ptp:mode=categorical,rank=4,min_gain=0,sampler=chain,vocabulary=30", shaken=True
     ),
     "ptp tree sampler": lambda name: learned(
-        name, "ptp:rank=4,min_gain=0,branches=3,budget=24,sampler=true,sampler_size=24", shaken=True
+        name, "ptp:rank=4,min_gain=0,branches=3,budget=24,sampler=chain,sampler_size=24", shaken=True
+    ),
+    "ptp eagle": lambda name: learned(
+        name,
+        "ptp:mode=mask,rank=4,slots=4,min_gain=0,branches=3,nodes=10,budget=12,sampler=eagle,vocabulary=30",
+        shaken=True,
+    ),
+    "ptp categorical eagle": lambda name: learned(
+        name, "ptp:mode=categorical,rank=4,slots=4,min_gain=0,sampler=eagle,vocabulary=30", shaken=True
     ),
     "medusa": lambda name: learned(name, "medusa:heads=3,nodes=12,vocabulary=30"),
     "mtp": lambda name: learned(name, "mtp:draft_len=3,branches=2,nodes=6,vocabulary=0"),
@@ -123,7 +131,13 @@ DRAFTERS = {
     "merged": lambda name: make_drafter("prompt_lookup+suffix+lookahead"),
 }
 
-INSIDE = ("layer_skip", "mtp_heads", "eagle3")  # look between layers, so need a family of the table
+INSIDE = (
+    "layer_skip",
+    "mtp_heads",
+    "eagle3",
+    "ptp eagle",
+    "ptp categorical eagle",
+)  # look between layers, so need a family of the table
 
 PROMPTS = [
     [5, 6, 7, 8, 9, 5, 6, 7],

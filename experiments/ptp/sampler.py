@@ -26,8 +26,8 @@ DECODING = {"temperature": 1.0}
 CASES: dict[str, dict[str, Any]] = {
     f"{mode}{label}": {"mode": mode, **options}
     for mode in ("mask", "categorical", "one_hot")
-    for label, options in (("", {}), (", sampler", {"sampler": True}))
-} | {"categorical, sampler, bare slots too": {"mode": "categorical", "sampler": True, "bare": 0.5}}
+    for label, options in (("", {}), (", sampler", {"sampler": "chain"}))
+} | {"categorical, sampler, bare slots too": {"mode": "categorical", "sampler": "chain", "bare": 0.5}}
 ALONE = "mask, sampler alone"
 LANGUAGES = {2: (*CASES, ALONE), 4: ("mask", "mask, sampler", "categorical, sampler", ALONE)}
 

@@ -12,7 +12,7 @@ from outpace.drafters.heads import DraftHead
 from outpace.drafters.merged import Merged
 from outpace.drafters.prompt_lookup import PromptLookup
 from outpace.drafters.ptp import MODES, Ptp
-from outpace.drafters.ptp.drafter import _grow
+from outpace.drafters.ptp.paths import spread
 from outpace.drafters.ptp.sampler import ChainedSampler, follow, taught
 from outpace.drafters.ptp.windows import Windows
 from outpace.errors import ConfigError
@@ -63,10 +63,10 @@ def losses_of(drafter, batch):
 @pytest.mark.parametrize("mode", MODES)
 def test_a_sampler_that_has_learned_nothing_changes_no_loss(exact, batch, mode):
     options = {"mode": mode, "shaken": ("adapter", "embedding"), "read": "path" if MODES[mode].law else "auto"}
-    without, zero = (losses_of(fresh(exact, sampler=s, **options), batch) for s in (False, True))
+    without, zero = (losses_of(fresh(exact, sampler=s, **options), batch) for s in ("none", "chain"))
     assert torch.equal(without.sums, zero.sums)
     assert torch.equal(without.hits, zero.hits)
-    both = losses_of(fresh(exact, sampler=True, bare=1.0, **options), batch)
+    both = losses_of(fresh(exact, sampler="chain", bare=1.0, **options), batch)
     torch.testing.assert_close(both.total, zero.total + without.total)
     if not MODES[mode].silent:
         assert torch.equal(without.total, zero.total), "a slot that is no draft has no loss behind the sampler"
@@ -77,7 +77,7 @@ def test_a_sampler_that_has_learned_nothing_changes_no_loss(exact, batch, mode):
 def test_a_sampler_that_has_learned_nothing_changes_no_draft(exact, mode, temperature):
     options = {"mode": mode, "shaken": ("adapter", "embedding"), "read": "path" if MODES[mode].law else "auto"}
     rounds = []
-    for sampler in (False, True):
+    for sampler in ("none", "chain"):
         engine = Engine(exact, fresh(exact, sampler=sampler, **options).for_decoding(), stand_down=False)
         outputs = engine.generate(PROMPTS[:3], **{**OPTIONS, "temperature": temperature})
         rounds.append([o.rounds_detail for o in outputs])
@@ -93,7 +93,7 @@ def test_a_sampler_that_has_learned_nothing_changes_no_draft(exact, mode, temper
 @pytest.mark.parametrize("mode", MODES)
 def test_a_token_before_is_told_to_later_slots_only(exact, batch, mode):
     """Token i is told to all that draft, the one k places on to those k places on; silent slots hear of none."""
-    drafter = fresh(exact, mode=mode, sampler=True, shaken=("sampler",))
+    drafter = fresh(exact, mode=mode, sampler="chain", shaken=("sampler",))
     silent, lead = MODES[mode].silent, MODES[mode].lead
     reading = read(exact, batch.tokens, batch.documents, batch.positions)
     windows = Windows(torch.tensor([[30, 60]]), torch.ones(1, 2, dtype=torch.bool), 4, drafter.shape)
@@ -121,7 +121,7 @@ def test_a_token_before_is_told_to_later_slots_only(exact, batch, mode):
 @pytest.mark.parametrize("mode", MODES)
 def test_decoding_follows_the_chain_that_training_unrolls(exact, batch, mode):
     """Given what decoding chose as the text, training's states give the same choices."""
-    drafter = fresh(exact, mode=mode, sampler=True, shaken=("sampler", "adapter", "embedding"))
+    drafter = fresh(exact, mode=mode, sampler="chain", shaken=("sampler", "adapter", "embedding"))
     sampler, silent, lead = drafter.module.sampler, MODES[mode].silent, MODES[mode].lead
     start = 40
     reading = read(exact, batch.tokens, batch.documents, batch.positions)
@@ -168,9 +168,9 @@ def test_requests_that_draw_and_greedy_ones_share_a_chain(exact):
 
 
 def test_other_candidates_than_the_likeliest_are_leaves():
-    paths = _grow([[1, 2], [3, 4], [5, 6]], [[0.6, 0.3]] * 3, 20, leaves=True)
+    paths = spread([[1, 2], [3, 4], [5, 6]], [[0.6, 0.3]] * 3, 20, leaves=True)
     assert set(paths) == {(1,), (2,), (1, 3), (1, 4), (1, 3, 5), (1, 3, 6)}
-    assert len(_grow([[1, 2], [3, 4], [5, 6]], [[0.6, 0.3]] * 3, 20)) == 14
+    assert len(spread([[1, 2], [3, 4], [5, 6]], [[0.6, 0.3]] * 3, 20)) == 14
 
 
 # Learning ----------------------------------------------------------------------------------------------------------
@@ -179,7 +179,9 @@ def test_other_candidates_than_the_likeliest_are_leaves():
 @pytest.mark.parametrize("vocabulary", [0, 30])
 @pytest.mark.parametrize("mode", MODES)
 def test_gradients_reach_every_part(exact, batch, mode, vocabulary):
-    drafter = fresh(exact, mode=mode, sampler=True, vocabulary=vocabulary, shaken=("sampler", "adapter", "embedding"))
+    drafter = fresh(
+        exact, mode=mode, sampler="chain", vocabulary=vocabulary, shaken=("sampler", "adapter", "embedding")
+    )
     losses_of(drafter, batch).total.backward()
     for name, parameter in drafter.module.named_parameters():
         assert float(parameter.grad.abs().max()) > 0, name
@@ -188,7 +190,7 @@ def test_gradients_reach_every_part(exact, batch, mode, vocabulary):
 
 def test_the_loss_has_the_gradient_of_its_value(exact, batch):
     """By finite differences, through the chain and the pieces of the head."""
-    drafter = fresh(exact, mode="categorical", sampler=True, shaken=("sampler", "adapter", "embedding"))
+    drafter = fresh(exact, mode="categorical", sampler="chain", shaken=("sampler", "adapter", "embedding"))
     drafter.module.double()
     losses_of(drafter, batch).total.backward()
     for name, parameter in drafter.module.named_parameters():
@@ -214,7 +216,7 @@ def test_a_drafter_with_a_sampler_learns_more_in_the_same_steps(mode):
     documents = [Document([*o.prompt_tokens, *o.tokens], len(o.prompt_tokens), temperature=1.0) for o in written]
     batch = assemble([documents[:4], documents[4:]], 300, target)
     reached = []
-    for sampler in (False, True):
+    for sampler in ("none", "chain"):
         drafter = fresh(target, mode=mode, rank=8, sampler=sampler)
         optimizer = torch.optim.AdamW(drafter.module.parameters(), lr=5e-3)
         torch.manual_seed(0)
@@ -235,7 +237,7 @@ def test_replaying_an_answer_counts_the_rounds_that_decoding_takes(exact):
     batch = assemble(
         [[Document([*written.prompt_tokens, *written.tokens], len(written.prompt_tokens), temperature=1.0)]], 128, exact
     )
-    drafter = fresh(exact, mode="mask", rank=8, sampler=True, read="argmax", vocabulary=38)
+    drafter = fresh(exact, mode="mask", rank=8, sampler="chain", read="argmax", vocabulary=38)
     drafter.recipe = drafter.recipe.replace(loss="hard")
     optimizer = torch.optim.AdamW(drafter.module.parameters(), lr=1e-2)
     for _ in range(40):
@@ -257,7 +259,7 @@ def test_replaying_an_answer_counts_the_rounds_that_decoding_takes(exact):
 
 def test_a_bfloat16_target_trains_in_its_own_dtype(batch):
     target = Target(make_model(dtype=torch.bfloat16).requires_grad_(False))
-    drafter = fresh(target, mode="categorical", sampler=True, vocabulary=30, shaken=("sampler",))
+    drafter = fresh(target, mode="categorical", sampler="chain", vocabulary=30, shaken=("sampler",))
     documents = [Document(batch.tokens[0, :100].numpy(), 10, temperature=1.0)]
     losses = losses_of(drafter, assemble([documents], 128, target))
     losses.total.backward()
@@ -270,7 +272,7 @@ def test_a_bfloat16_target_trains_in_its_own_dtype(batch):
 
 
 def test_tokens_outside_the_draft_vocabulary_have_no_loss_and_are_no_hit(exact, batch):
-    drafter = Ptp(slots=4, rank=4, mode="categorical", sampler=True, vocabulary=30)
+    drafter = Ptp(slots=4, rank=4, mode="categorical", sampler="chain", vocabulary=30)
     counts = torch.bincount(batch.tokens[batch.answer], minlength=40)
     drafter.prepare(counts, exact)
     drafter.initialise(exact, seed=0)
@@ -292,15 +294,15 @@ def test_tokens_outside_the_draft_vocabulary_have_no_loss_and_are_no_hit(exact, 
 
 
 def test_a_vocabulary_as_large_as_the_targets_is_the_targets(exact):
-    assert fresh(exact, sampler=True, vocabulary=40).module.head is None
-    assert fresh(exact, sampler=True, vocabulary=39).module.head.size == 39
+    assert fresh(exact, sampler="chain", vocabulary=40).module.head is None
+    assert fresh(exact, sampler="chain", vocabulary=39).module.head.size == 39
 
 
 # Checkpoints and company -------------------------------------------------------------------------------------------
 
 
 def test_a_saved_sampler_drafts_the_same_and_older_checkpoints_have_none(exact, tmp_path):
-    drafter = fresh(exact, mode="mask", sampler=True, sampler_size=24, vocabulary=33, shaken=("sampler", "adapter"))
+    drafter = fresh(exact, mode="mask", sampler="chain", sampler_size=24, vocabulary=33, shaken=("sampler", "adapter"))
     drafter.save_pretrained(tmp_path / "new", dtype=torch.float64)
     loaded = Ptp.from_pretrained(tmp_path / "new")
     rounds = []
@@ -311,7 +313,7 @@ def test_a_saved_sampler_drafts_the_same_and_older_checkpoints_have_none(exact, 
     assert rounds[0] == rounds[1]
     assert loaded.module.sampler.gate_proj.weight.shape == (24, 3 * exact.hidden_size)
     with pytest.raises(ConfigError, match="'sampler' of a trained 'ptp' cannot be changed"):
-        Ptp.from_pretrained(tmp_path / "new", sampler=False)
+        Ptp.from_pretrained(tmp_path / "new", sampler="none")
     fresh(exact, mode="mask").save_pretrained(tmp_path / "old", dtype=torch.float64)
     where = next((tmp_path / "old").glob("*.json"))
     config = json.loads(where.read_text())
@@ -324,7 +326,8 @@ def test_a_saved_sampler_drafts_the_same_and_older_checkpoints_have_none(exact, 
     assert not old.needs.taps
 
 
-def test_a_merged_one_drafts_as_it_does_alone(exact):
+@pytest.mark.parametrize("kind", ["chain", "eagle"])
+def test_a_merged_one_drafts_as_it_does_alone(exact, kind):
     """States of slots are not those of the accepted path: merging hands them over as they were."""
 
     class Silent(PromptLookup):
@@ -332,7 +335,7 @@ def test_a_merged_one_drafts_as_it_does_alone(exact):
             del request
             return Tree()
 
-    options = {"mode": "categorical", "sampler": True, "shaken": ("sampler", "adapter", "embedding")}
+    options = {"mode": "categorical", "sampler": kind, "shaken": ("sampler", "join", "adapter", "embedding")}
     plain = Engine(exact).generate(PROMPTS[:2], **OPTIONS)
     rounds = []
     for drafter in (fresh(exact, **options), Merged([Silent(), fresh(exact, **options)])):
@@ -344,7 +347,7 @@ def test_a_merged_one_drafts_as_it_does_alone(exact):
     assert rounds[0] == rounds[1]
 
 
-@pytest.mark.parametrize("options", ["", ",sampler=true", ",sampler=true,vocabulary=30", ",branches=3"], ids=str)
+@pytest.mark.parametrize("options", ["", ",sampler=chain", ",sampler=chain,vocabulary=30", ",branches=3"], ids=str)
 def test_laws_that_read_no_numbers_race_with_gumbel_noise(exact, options):
     """So hot that laws hardly depend on context, noise decides: slots that race with it hit, by arg-max few do."""
     spec = f"ptp:mode=mask,rank=4,slots=4,temperature=30{options}"
@@ -360,7 +363,7 @@ def test_laws_that_read_no_numbers_race_with_gumbel_noise(exact, options):
 
 
 def test_numbers_in_slots_and_gumbel_noise_are_warned_about(exact):
-    engine = Engine(exact, learned(exact, "ptp:mode=categorical,rank=4,sampler=true"), stand_down=False)
+    engine = Engine(exact, learned(exact, "ptp:mode=categorical,rank=4,sampler=chain"), stand_down=False)
     with pytest.warns(UserWarning, match="noise='gumbel' decides tokens otherwise"):
         engine.generate([PROMPTS[0]], max_new_tokens=4, temperature=1.0, noise="gumbel")
     with warnings.catch_warnings():
@@ -372,11 +375,11 @@ def test_numbers_in_slots_and_gumbel_noise_are_warned_about(exact):
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"vocabulary": 30}, "belong to the sampler; pass sampler=true"),
-        ({"sampler_size": 8}, "belong to the sampler; pass sampler=true"),
-        ({"bare": 0.5}, "belong to the sampler; pass sampler=true"),
-        ({"sampler": True, "bare": -1.0}, "bare 0 or more"),
-        ({"sampler": True, "mode": "categorical", "inverse": True}, "without a sampler"),
+        ({"vocabulary": 30}, "belong to the sampler; pass sampler=chain"),
+        ({"sampler_size": 8}, "belong to the sampler; pass sampler=chain"),
+        ({"bare": 0.5}, "belong to the sampler; pass sampler=chain"),
+        ({"sampler": "chain", "bare": -1.0}, "bare 0 or more"),
+        ({"sampler": "chain", "mode": "categorical", "inverse": True}, "without a sampler"),
     ],
 )
 def test_options_that_cannot_be_are_refused(options, words):

@@ -30,7 +30,8 @@ def targets():
         "eagle",
         "eagle3",
         "ptp:slots=4,any_temperature=true",
-        "ptp:slots=4,mode=mask,sampler=true,vocabulary=32",
+        "ptp:slots=4,mode=mask,sampler=chain,vocabulary=32",
+        "ptp:slots=4,mode=mask,sampler=eagle,vocabulary=32,branches=2,nodes=6",
         "medusa:vocabulary=0,projection=low_rank",
     ],
 )

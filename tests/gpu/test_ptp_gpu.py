@@ -12,6 +12,7 @@ from outpace.drafters.ptp.rows import draw_scored, safety
 from outpace.laws import infer_numbers, intervals, place_numbers
 from outpace.target import Spans, Target
 from outpace.target.behind import _range
+from outpace.train.features import read_taps
 from outpace.train.packing import Document, assemble
 from tiny import PROMPTS, make_model
 
@@ -31,7 +32,7 @@ def make(dtype, **options):
     return target, drafter
 
 
-def batch_of(target):
+def batch_of(target, drafter=None):
     outputs = Engine(target).generate(
         PROMPTS, max_new_tokens=60, temperature=1.0, noise="uniform", seed=3, ignore_eos=True
     )
@@ -39,15 +40,26 @@ def batch_of(target):
         Document([*o.prompt_tokens, *o.tokens], len(o.prompt_tokens), request=i, temperature=1.0)
         for i, o in enumerate(outputs)
     ]
-    return assemble([documents[:4], documents[4:]], 320, target)
+    batch = assemble([documents[:4], documents[4:]], 320, target, shifts=() if drafter is None else drafter.shifts)
+    if drafter is not None:
+        batch.taps = read_taps(batch, drafter.training_taps)
+    return batch
 
 
-@pytest.mark.parametrize("mode", MODES)
+CHAIN, EAGLE = {"sampler": "chain", "vocabulary": 30}, {"sampler": "eagle", "vocabulary": 30}
+TREE = {**EAGLE, "mode": "mask", "slots": 4, "branches": 3, "nodes": 10}
+
+
+@pytest.mark.parametrize("noise", ["uniform", "gumbel"])
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
-@pytest.mark.parametrize("sampler", [False, True])
-def test_same_tokens_with_and_without(mode, temperature, sampler):
-    target, drafter = make(torch.float32, mode=mode, sampler=sampler)
-    options = {"max_new_tokens": 40, "temperature": temperature, "noise": "uniform", "seed": 9}
+@pytest.mark.parametrize(
+    "options",
+    [*[{"mode": mode, **more} for mode in MODES for more in ({}, CHAIN)], TREE, {**TREE, "mode": "categorical"}],
+    ids=str,
+)
+def test_same_tokens_with_and_without(options, temperature, noise):
+    target, drafter = make(torch.float32, **options)
+    options = {"max_new_tokens": 40, "temperature": temperature, "noise": noise, "seed": 9}
     plain = Engine(target).generate(PROMPTS, **options)
     engine = Engine(target, drafter, stand_down=False, check_integrity=True)
     assert [o.tokens for o in engine.generate(PROMPTS, **options)] == [o.tokens for o in plain]
@@ -76,7 +88,15 @@ def test_a_step_in_kernels_is_a_step_written_out(mode, dtype, tolerance):
 
 @pytest.mark.parametrize("attention", ["dense", "fused"])
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("sampler", [{}, {"sampler": True, "bare": 0.5}, {"sampler": True, "vocabulary": 30}])
+@pytest.mark.parametrize(
+    "sampler",
+    [
+        {},
+        {"sampler": "chain", "bare": 0.5},
+        {"sampler": "chain", "vocabulary": 30},
+        {"sampler": "eagle", "vocabulary": 30},
+    ],
+)
 def test_a_training_step_does_not_wait_for_the_device(mode, attention, sampler):
     target, drafter = make(torch.bfloat16, mode=mode, attention=attention, **sampler)
     batch = batch_of(target)

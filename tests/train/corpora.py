@@ -9,6 +9,7 @@ from pathlib import Path
 from outpace.drafters.eagle import Eagle, Eagle3
 from outpace.drafters.medusa import Medusa
 from outpace.drafters.mtp import MTP, MTPHeads
+from outpace.drafters.ptp import Ptp
 from outpace.train import Corpus, CorpusSettings, Trainer, TrainSettings, write_corpus
 from outpace.train.prompts import PromptLine, PromptReport
 from tiny import PROMPTS, target
@@ -32,6 +33,7 @@ MAKERS = {
     "mtp": lambda: MTP(draft_len=4, branches=1, nodes=4, vocabulary=0),
     "mtp_heads": lambda: MTPHeads(heads=3, nodes=3, paths=((0,), (0, 0), (0, 0, 0)), vocabulary=0),
     "medusa": lambda: Medusa(heads=3, nodes=3, paths=((0,), (0, 0), (0, 0, 0)), projection="own", vocabulary=0),
+    "ptp": lambda: Ptp(mode="mask", sampler="eagle", slots=4, draft_len=4, rank=4, budget=64, min_gain=0.0),
 }
 
 

@@ -14,20 +14,25 @@ from typing import TYPE_CHECKING, ClassVar, Literal, Self, get_args
 from weakref import WeakKeyDictionary
 
 import torch
+from torch import nn
 
 from outpace.drafters.ahead import deciding_dice, race_at
 from outpace.drafters.base import Context, Needs, RequestContext
+from outpace.drafters.growth import Plan
 from outpace.drafters.heads import choose_ids, special_ids
 from outpace.drafters.learning import Batch, LearnedDrafter, Losses, Recipe
 from outpace.drafters.ptp import rows
 from outpace.drafters.ptp.calibration import BINS, GREEDY_NUMBER, Agreement, Calibration
+from outpace.drafters.ptp.eagle import EagleSampler
 from outpace.drafters.ptp.encodings import find_encoding
+from outpace.drafters.ptp.mismatch import mismatch
 from outpace.drafters.ptp.modes import ModeName, find_mode
 from outpace.drafters.ptp.module import PtpModule
-from outpace.drafters.ptp.objective import Task, check_loss, objective, replay
-from outpace.drafters.ptp.sampler import follow
+from outpace.drafters.ptp.objective import Task, check_loss, joint_objective, objective, replay
+from outpace.drafters.ptp.paths import Paths, prune, spread, tree_paths
+from outpace.drafters.ptp.sampler import SamplerName, follow
 from outpace.errors import ConfigError
-from outpace.laws import Draft, NoiseDice, Sampler, Settings, Tree, Walk
+from outpace.laws import Draft, NoiseDice, Sampler, Settings, Walk
 from outpace.target import Kernel, Scouts
 
 if TYPE_CHECKING:
@@ -50,11 +55,13 @@ class _State:
 
     Attributes:
         numbers: its path's numbers from position 0 on, as far as fetched (float64, on the host).
-        paths: next draft: {tokens of a root-to-node path: chance that its last is accepted once the others are}.
+        paths: next draft.
+        heard: [n, H], states of the slots behind the last walk, until the next draft is grown from them.
     """
 
     numbers: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.float64))
-    paths: dict[tuple[int, ...], float] = field(default_factory=dict)
+    paths: Paths = field(default_factory=dict)
+    heard: Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,8 +94,10 @@ class Ptp(LearnedDrafter):
         temperature, top_k, top_p, min_p: the sampling under which numbers mean something; top_k 0, top_p 1 and min_p 0
             truncate nothing. Text decoded at other settings is the same as without a drafter, but fewer drafts hit.
         any_temperature: slots are told the temperature, and learn from documents of any; `temperature` is then unused.
-        sampler: a small network behind the slots reads the token before the predicted one, and passes what it chose
-            along the group (`ptp.sampler`). sampler_size: units of its inner layer; 0: as many as a state has.
+        sampler: what reads the token before the predicted one behind the slots: "none"; "chain", a small network that
+            passes what it chose along the group (`ptp.sampler`); "eagle", EAGLE-3's network, which grows trees and
+            drafts without slots too (`ptp.eagle`). sampler_size: units of the inner layer that hears slots; 0: as many
+            as a state has.
         vocabulary: tokens of the sampler's draft vocabulary, the most frequent of the corpus; 0, or more than there
             are: all. A token outside is never drafted; the text does not depend on it.
 
@@ -106,9 +115,10 @@ class Ptp(LearnedDrafter):
     Args:
         budget: most slots per request and pass; 0 takes what was measured to pay on the target's device.
         min_gain: expected tokens a row must bring to be run, as a slot or as a draft token; negative: as measured.
-        branches: candidates per position; above 1, drafts are trees of them. With a sampler, all but the likeliest of
+        branches: candidates per position; above 1, drafts are trees of them. With a chain, all but the likeliest of
             each position are leaves, for what follows was asked behind the likeliest.
-        draft_len: most tokens along a path; 0 for as many as slots allow.
+        nodes: most tokens of a draft; 0 for as many as slots. draft_len: most along a path; 0 for as many as slots
+            allow.
         read: how slots that predict laws are read at temperature > 0: "path" (drawn with the position's own noise),
             "argmax", or "auto": "path" for slots that carry numbers or have a sampler, "argmax" for others.
         adaptive: go on calibrating while decoding. Off by default: drafts (never text) would depend on earlier ones.
@@ -125,6 +135,7 @@ class Ptp(LearnedDrafter):
             "budget",
             "min_gain",
             "branches",
+            "nodes",
             "draft_len",
             "read",
             "adaptive",
@@ -147,7 +158,7 @@ class Ptp(LearnedDrafter):
         top_p: float = 1.0,
         min_p: float = 0.0,
         any_temperature: bool = False,
-        sampler: bool = False,
+        sampler: SamplerName = "none",
         sampler_size: int = 0,
         vocabulary: int = 0,
         density: float = 1.0,
@@ -158,6 +169,7 @@ class Ptp(LearnedDrafter):
         budget: int = 0,
         min_gain: float = -1.0,
         branches: int = 1,
+        nodes: int = 0,
         draft_len: int = 0,
         read: ReadMode = "auto",
         adaptive: bool = False,
@@ -172,14 +184,16 @@ class Ptp(LearnedDrafter):
         self.scale = scale
         self.temperature, self.top_k, self.top_p, self.min_p = temperature, top_k, top_p, min_p
         self.any_temperature = any_temperature
-        self.sampler, self.sampler_size, self.vocabulary = sampler, sampler_size, vocabulary
+        self.sampler: SamplerName = sampler
+        self.sampler_size, self.vocabulary = sampler_size, vocabulary
         self.density, self.beta, self.inverse, self.bare = density, beta, inverse, bare
         self.attention: Kernel | Literal["auto"] = attention
         self.budget, self.min_gain = budget, min_gain
-        self.branches = branches
+        self.branches, self.nodes = branches, nodes
         self.draft_len = draft_len
         self.read: ReadMode = read
         self.adaptive = adaptive
+        self._eagle: EagleSampler | None = None
         self._check()
         self._ask()
         self._ids: Tensor | None = None
@@ -199,10 +213,10 @@ class Ptp(LearnedDrafter):
                 "temperature of the preset must be above 0: greedy tokens do not depend on numbers, so nothing can be "
                 "learned from them; mode='mask' drafts for greedy decoding"
             )
-        if self.branches < 1 or self.budget < 0 or self.draft_len < 0:
+        if self.branches < 1 or min(self.budget, self.nodes, self.draft_len) < 0:
             raise ConfigError(
-                f"branches must be at least 1, budget and draft_len at least 0; got {self.branches}, {self.budget} and "
-                f"{self.draft_len}"
+                f"branches must be at least 1, budget, nodes and draft_len at least 0; got {self.branches}, "
+                f"{self.budget}, {self.nodes} and {self.draft_len}"
             )
         if self.draft_len > self.slots - self.shape.silent:
             raise ConfigError(
@@ -218,10 +232,17 @@ class Ptp(LearnedDrafter):
                 "sampler_size and vocabulary are 0 (the target's) or more, bare 0 or more; got "
                 f"{self.sampler_size}, {self.vocabulary} and {self.bare}"
             )
-        if not self.sampler and (self.sampler_size or self.vocabulary or self.bare):
-            raise ConfigError("sampler_size, vocabulary and bare belong to the sampler; pass sampler=true with them")
-        if self.sampler and self.inverse:
+        if self.sampler not in get_args(SamplerName):
+            raise ConfigError(f"sampler must be one of {', '.join(get_args(SamplerName))}, got {self.sampler!r}")
+        if self.sampler == "none" and (self.sampler_size or self.vocabulary or self.bare):
+            raise ConfigError("sampler_size, vocabulary and bare belong to the sampler; pass sampler=chain with them")
+        if self.sampler != "none" and self.inverse:
             raise ConfigError("inverse training finds numbers under laws of slots without a sampler; leave one away")
+        if self.sampler == "eagle" and (self.mode == "one_hot" or self.bare):
+            raise ConfigError(
+                "sampler='eagle' has a law of its own at every depth and asks none of the slots: pass mode=mask or "
+                "mode=categorical, and leave bare away"
+            )
         if self.attention not in ("auto", *get_args(Kernel)):
             raise ConfigError(f"attention must be auto, dense or fused, got {self.attention!r}")
         if self.read not in get_args(ReadMode):
@@ -232,7 +253,9 @@ class Ptp(LearnedDrafter):
 
     def _ask(self) -> None:
         """What a pass has to give: with a sampler states, not logits."""
-        taps = frozenset({"post_norm"}) if self.sampler else frozenset()
+        taps = frozenset() if self.sampler == "none" else frozenset({"post_norm"})
+        if self._eagle is not None:
+            taps |= frozenset(self._eagle.net.taps)
         self.needs = Needs(taps=taps, scouts=True, noise=True, adapter=True)
 
     @property
@@ -258,13 +281,13 @@ class Ptp(LearnedDrafter):
 
     @property
     def training_taps(self) -> frozenset[str]:
-        """None: the objective runs the target itself."""
-        return frozenset()
+        """Those of EAGLE-3's network, and of its teacher; none without: the objective runs the target itself."""
+        return frozenset() if self.sampler != "eagle" else self.needs.taps
 
     @property
     def shifts(self) -> tuple[int, ...]:
-        """None: windows start where they like."""
-        return ()
+        """EAGLE-3's; none without it: windows start where they like."""
+        return () if self.sampler != "eagle" else tuple(range(2, self.recipe.depths + 2))
 
     def prepare(self, counts: Tensor, target: Target) -> None:
         """Choose the draft vocabulary."""
@@ -291,12 +314,17 @@ class Ptp(LearnedDrafter):
         return module.to(target.device)
 
     def objective(self, batch: Batch) -> Losses:
-        """Losses per slot, see `ptp.objective`."""
+        """Losses per slot, or per depth of EAGLE-3's network, see `ptp.objective`."""
+        if self.sampler == "eagle":
+            return joint_objective(batch, self.module, self.shape, self._task(), self.recipe)
         with torch.autocast(batch.tokens.device.type, enabled=False):  # laws need float32 and better, and say so
             return objective(batch, self.module, self.shape, self._task())
 
     def calibrate(self, batches: Iterable[Batch]) -> None:
         """Count, on answers of the target, how far guesses reach and how far to trust them."""
+        if self.sampler == "eagle":
+            self.ready(self.target)  # drafts say how sure they are; how far they reach was counted in training
+            return
         found, agreement = Calibration(self.slots - self.shape.silent), Agreement()
         device = self.target.device
         for batch in batches:
@@ -313,6 +341,15 @@ class Ptp(LearnedDrafter):
             mine.load_state_dict(theirs.state_dict())
         super().take_options(other)
 
+    @property
+    def _any_temperature(self) -> bool:
+        """Whether windows may start in text of any temperature: slots are told it, or nothing depends on it."""
+        return self.any_temperature or (self.sampler == "eagle" and not self.shape.reads)
+
+    def part_for(self, name: str) -> nn.Module | None:
+        """Its own weights, or those of EAGLE-3's network."""
+        return self.module.net if name == "eagle3" and self.module.net is not None else super().part_for(name)
+
     def _task(self) -> Task:
         recipe = self.recipe
         if recipe.depths > self.slots:
@@ -322,7 +359,7 @@ class Ptp(LearnedDrafter):
             slots=recipe.depths,
             density=self.density,
             preset=self.preset,
-            any_temperature=self.any_temperature,
+            any_temperature=self._any_temperature,
             beta=self.beta,
             inverse=self.inverse,
             loss=recipe.loss,
@@ -338,12 +375,23 @@ class Ptp(LearnedDrafter):
         start = widening.small.hidden_size
         with torch.no_grad():
             wide.module.embedding.bias[start : start + widening.constants] = widening.constant
+        if self.module.net is not None and wide.module.net is not None:
+            wide.module.net.taps = self.module.net.taps  # layers were added on top: the same ones are read
+            wide.ready(target)
         return wide
 
     def ready(self, target: Target) -> None:
         """Read the calibration."""
         self._states = WeakKeyDictionary()
         self._calibrate()
+        self._eagle = None
+        if self.sampler == "eagle":
+            assert self.module.net is not None
+            assert self.module.join is not None
+            depth = self.draft_len or self.slots
+            plan = Plan(depth=depth, branches=self.branches, nodes=self.nodes or depth)
+            self._eagle = EagleSampler(self.module.net, self.module.join, target, plan, greedy=self.read == "argmax")
+        self._ask()
         device = target.device.type
         self._most = self.budget or _BUDGET.get(device, _BUDGET["cuda"])
         self._least = self.min_gain if self.min_gain >= 0 else _MIN_GAIN.get(device, 0.0)
@@ -357,14 +405,20 @@ class Ptp(LearnedDrafter):
     def start(self, context: Context, request: RequestContext, taps: Mapping[str, Tensor]) -> None:
         """Look whether the request samples as this drafter was trained to."""
         self._states[request] = _State()
-        self._warn_of_other_sampling(request.sampler.settings)
+        self._warn(request.sampler.settings)
+        if self._eagle is not None:
+            self._eagle.start(context, request, taps)
 
     def propose(self, context: Context) -> Draft:
         """What the last pass's slots said, pruned to what is likely to be reached."""
+        if self._eagle is not None:
+            heard = {request: self._state(request).heard for request in context.requests}
+            for request, paths in self._eagle.paths(context, heard).items():
+                self._state(request).paths, self._state(request).heard = paths, None
         trees = []
         for request in context.requests:
             paths = self._state(request).paths if request.speculate else {}
-            trees.append(_tree(paths, request.depth_limit, self._least, self._most))
+            trees.append(prune(paths, request.depth_limit, self._least, self.nodes or self._most))
         return Draft.of(trees)
 
     def scouts(self, context: Context, draft: Draft) -> Scouts | None:
@@ -378,7 +432,7 @@ class Ptp(LearnedDrafter):
         confidence = torch.zeros(len(trees), draft.width)
         ends: list[dict[tuple[int, ...], int]] = []
         for b, (request, tree) in enumerate(zip(requests, trees, strict=True)):
-            paths = _paths(tree)
+            paths = tree_paths(tree)
             known = self._state(request).paths
             ends.append({(): 0} | {path: node + 1 for node, path in enumerate(paths)})
             for node, path in enumerate(paths):
@@ -403,7 +457,7 @@ class Ptp(LearnedDrafter):
             sees.to(target.device),
             embeds=embeds,
             adapter=self.module.adapter,
-            logits=not self.sampler,
+            logits=self.sampler == "none",
         )
 
     def observe(self, context: Context, walks: Sequence[Walk], read: Readout) -> None:
@@ -413,6 +467,8 @@ class Ptp(LearnedDrafter):
             self._learn(context.requests, walks)
         for request in context.requests:
             self._state(request).paths = {}
+        if self._eagle is not None:
+            self._eagle.observe(context, walks, read)
         if plan is None:
             return
         ended = torch.tensor([ends.get(walk.tokens[:-1], -1) for ends, walk in zip(plan.ends, walks, strict=True)])
@@ -424,6 +480,12 @@ class Ptp(LearnedDrafter):
         if longest == 0:
             return
         rows_of = rows_of[:, :longest]
+        if self._eagle is not None:
+            states = read.taps["post_norm"]
+            main = states.shape[1] - plan.branch.shape[1]
+            for b, (request, depth) in enumerate(zip(context.requests, depths, strict=True)):
+                self._state(request).heard = states[b, rows_of[b, :depth].to(states.device) + main]
+            return
         predicted = plan.predicted.gather(1, rows_of)
         guesses, scores = self._guess(context, walks, read, rows_of, ended, predicted, plan.branch.shape[1])
         for request, depth, tokens, said in zip(
@@ -432,7 +494,7 @@ class Ptp(LearnedDrafter):
             if depth:
                 trusted = [[self._trust[min(int(score * BINS), BINS - 1)] for score in row] for row in said[:depth]]
                 most = self._most if self.branches > 1 else depth
-                self._state(request).paths = _grow(tokens[:depth], trusted, most, leaves=self.sampler)
+                self._state(request).paths = spread(tokens[:depth], trusted, most, leaves=self.sampler == "chain")
 
     def _guess(
         self,
@@ -505,7 +567,7 @@ class Ptp(LearnedDrafter):
 
     @property
     def _draws(self) -> bool:
-        auto = self.shape.reads or self.sampler
+        auto = self.shape.reads or self.sampler != "none"
         return self.shape.law and (self.read == "path" or (self.read == "auto" and auto))
 
     def _state(self, request: RequestContext) -> _State:
@@ -550,85 +612,19 @@ class Ptp(LearnedDrafter):
         counts.passed.add_(alive.sum(0).to(counts.passed))
         self._calibrate()
 
-    def _warn_of_other_sampling(self, settings: Settings) -> None:
-        """Once per kind of difference: drafts will hit less often."""
-        preset = self.preset
-        names = ("temperature", "top_k", "top_p", "min_p")
-        asked = {name: getattr(settings, name) for name in names}
-        trained = {name: getattr(preset, name) for name in names}
-        if self.any_temperature:
-            trained["temperature"] = settings.temperature
-        key = (*asked.values(), settings.noise)
-        warm = settings.temperature > 0
-        if key in self._warned or not (self.shape.reads or (self._draws and warm)):
+    def _warn(self, settings: Settings) -> None:
+        """Once per kind of difference from what was trained: drafts will hit less often."""
+        key = (settings.temperature, settings.top_k, settings.top_p, settings.min_p, settings.noise)
+        drawn = self._draws and settings.temperature > 0 and self.sampler != "eagle"  # whose law is the model's own
+        if key in self._warned or not (self.shape.reads or drawn):
             return
         self._warned.add(key)
-        if settings.noise == "gumbel" and warm and self.shape.reads:
-            warnings.warn(
-                "drafter 'ptp' reads numbers of the inverse CDF, and noise='gumbel' decides tokens otherwise: hardly a "
-                "draft will hit (the text is not affected). Use noise='uniform', or another drafter",
-                stacklevel=2,
-            )
-        elif asked != trained:
-            truncated = settings.top_k or settings.top_p or settings.min_p
-            share = None if truncated else self.module.agreement.share(settings.temperature)
-            cost = (
-                "how many was not measured"
-                if share is None
-                else f"a number decides the same token under both {100 * share:.0f} % of the time"
-            )
-            told = ", ".join(f"{name}={value}" for name, value in asked.items() if value is not None)
-            made = ", ".join(f"{name}={value}" for name, value in trained.items() if value is not None)
-            warnings.warn(
-                f"drafter 'ptp' was trained for sampling with {made}, and is asked to draft for {told}: fewer drafts "
-                f"will hit ({cost}); the text is not affected. Train one for these settings, or sample as it was "
-                "trained",
-                stacklevel=2,
-            )
-
-
-def _paths(tree: Tree) -> list[tuple[int, ...]]:
-    """Tokens from the root to each node."""
-    paths: list[tuple[int, ...]] = []
-    for token, parent in zip(tree.tokens, tree.parents, strict=True):
-        paths.append((*(paths[parent] if parent >= 0 else ()), token))
-    return paths
-
-
-def _tree(paths: Mapping[tuple[int, ...], float], depth: int, least: float, most: int) -> Tree:
-    """The draft of the paths that are likely enough to be walked; likelier ones first where there are too many."""
-    chances: dict[tuple[int, ...], float] = {}
-    for path, trusted in paths.items():  # parents come before children
-        chances[path] = chances.get(path[:-1], 1.0 if len(path) == 1 else 0.0) * trusted
-    chosen = sorted((p for p, c in chances.items() if c > least and len(p) <= depth), key=lambda p: -chances[p])[:most]
-    chosen.sort(key=len)
-    return Tree.merge(chosen, most).depth_first() if chosen else Tree()
-
-
-def _grow(
-    tokens: list[list[int]], trusted: list[list[float]], most: int, *, leaves: bool = False
-) -> dict[tuple[int, ...], float]:
-    """Paths through the candidates of each depth, likeliest first, at most `most`; parents before children.
-
-    leaves: only the first candidate of a depth is gone on from.
-    """
-    first = tuple(row[0] for row in tokens)
-    paths: dict[tuple[int, ...], float] = {}
-    front: list[tuple[float, tuple[int, ...]]] = [(1.0, ())]
-    while front and len(paths) < most:
-        best = max(range(len(front)), key=lambda i: front[i][0])
-        chance, path = front.pop(best)
-        if path:
-            paths[path] = _last(trusted, tokens, path)
-        if len(path) < len(tokens) and not (leaves and path != first[: len(path)]):
-            left = 1.0
-            for token, trust in zip(tokens[len(path)], trusted[len(path)], strict=True):
-                front.append((chance * min(trust, left), (*path, token)))
-                left = max(0.0, left - trust)
-    return paths
-
-
-def _last(trusted: list[list[float]], tokens: list[list[int]], path: tuple[int, ...]) -> float:
-    depth = len(path) - 1
-    rank = tokens[depth].index(path[-1])
-    return min(trusted[depth][rank], max(0.0, 1.0 - sum(trusted[depth][:rank])))
+        words = mismatch(
+            settings,
+            self.preset,
+            reads=self.shape.reads,
+            any_temperature=self.any_temperature,
+            agreement=self.module.agreement,
+        )
+        if words is not None:
+            warnings.warn(words, stacklevel=2)

@@ -7,8 +7,10 @@ from typing import TYPE_CHECKING, Final
 import torch
 from torch import nn
 
+from outpace.drafters.eagle import Eagle3
 from outpace.drafters.heads import DraftHead
 from outpace.drafters.ptp.calibration import Agreement, Calibration
+from outpace.drafters.ptp.eagle import SlotJoin
 from outpace.drafters.ptp.encodings import NumberEmbedding
 from outpace.drafters.ptp.sampler import ChainedSampler
 from outpace.target import GatedLoRA
@@ -16,7 +18,9 @@ from outpace.target import GatedLoRA
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from outpace.drafters.eagle import FusedNet
     from outpace.drafters.ptp.modes import Mode
+    from outpace.drafters.ptp.sampler import SamplerName
     from outpace.target import Target
 
 HEATS: Final = (0.0, 0.25, 0.5, 0.75, 1.0, 1.5)
@@ -29,8 +33,9 @@ class PtpModule(nn.Module):
         embedding: number -> input embedding of a slot. adapter: low-rank part of every linear layer, for slots only.
         heat: what is added to a slot's embedding at each of `HEATS`, between which it is interpolated; None if slots
             are not told the temperature.
-        sampler: the network behind the slots that reads the token before, or None. head: its head over a reduced draft
+        sampler: the chain behind the slots that reads the token before, or None. head: its head over a reduced draft
             vocabulary, or None for the target's own.
+        net, join: EAGLE-3's network behind the slots, and how it hears them, or None.
         calibration, agreement: counts behind the decisions of decoding.
     """
 
@@ -44,7 +49,7 @@ class PtpModule(nn.Module):
         rank: int,
         scale: float,
         any_temperature: bool,
-        sampler: bool = False,
+        sampler: SamplerName = "none",
         sampler_size: int = 0,
         vocabulary: int = 0,
         ids: Tensor | None = None,
@@ -56,9 +61,15 @@ class PtpModule(nn.Module):
         self.heat = nn.Parameter(torch.zeros(len(HEATS), target.hidden_size)) if any_temperature else None
         self.adapter = GatedLoRA.for_all_layers(target.model, rank, scale * rank)
         size, eps = target.hidden_size, float(getattr(target.config, "rms_norm_eps", 1e-6))
-        self.sampler = ChainedSampler(size, sampler_size or size, eps) if sampler else None
-        head = DraftHead(target, vocabulary, "target", ids) if sampler else None
+        inner = sampler_size or size
+        self.sampler = ChainedSampler(size, inner, eps) if sampler == "chain" else None
+        head = DraftHead(target, vocabulary, "target", ids) if sampler == "chain" else None
         self.head = head if head is not None and head.reduced else None
+        self.net: FusedNet | None = None
+        self.join: SlotJoin | None = None
+        if sampler == "eagle":
+            self.net = Eagle3(vocabulary=vocabulary).network(target, ids)
+            self.join = SlotJoin(size, inner, eps)
         self.heats: Tensor
         self.register_buffer("heats", torch.tensor(HEATS), persistent=False)
         self.calibration = Calibration(slots - mode.silent)

@@ -11,6 +11,7 @@ forgotten. Where kernels run, a piece's logits are read a few times in the dtype
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
@@ -18,10 +19,12 @@ from typing import TYPE_CHECKING, Any, Final
 import torch
 from torch.nn import functional as F
 
-from outpace.drafters.learning import Batch, Losses, LossKind
+from outpace.drafters.learning import Batch, Losses, LossKind, Recipe
+from outpace.drafters.ptp.eagle import hear_windows
 from outpace.drafters.ptp.rows import draw_scored, safety
 from outpace.drafters.ptp.sampler import taught
 from outpace.drafters.ptp.windows import Windows
+from outpace.drafters.rows import unrolled_losses
 from outpace.errors import ConfigError
 from outpace.laws import Settings, infer_numbers, place_numbers, warp
 from outpace.target import Kernel, Reading, choose_kernel, read, run_behind
@@ -120,6 +123,42 @@ def objective(batch: Batch, module: PtpModule, mode: Mode, task: Task) -> Losses
     )
 
 
+def joint_objective(batch: Batch, module: PtpModule, mode: Mode, task: Task, recipe: Recipe) -> Losses:
+    """EAGLE-3's training-time test at every place of the batch, which hears slots where windows begin.
+
+    Losses and hits are per depth of the network; of rows that hear slots, calibration is counted. `gained`: by how
+    much more often the likeliest token of such rows is the text's than that of the others, over all depths.
+    """
+    assert module.net is not None
+    assert module.join is not None
+    generator = None if torch.is_grad_enabled() else torch.Generator(batch.tokens.device).manual_seed(0)
+    count = max(1, round(task.density * batch.shape[1] / task.slots))
+    places = _places(batch, task)
+    windows = Windows.sample(places, count, task.slots, mode, generator)
+    with torch.autocast(batch.tokens.device.type, enabled=False):
+        reading = read(batch.target, batch.tokens, batch.documents, batch.positions, task.kernel)
+        if mode.reads:
+            drawn, counts = teacher_numbers(batch, reading, task, generator)
+            counts &= places
+        else:
+            drawn, counts = torch.zeros(batch.shape, dtype=torch.float64, device=batch.tokens.device), places
+        u = drawn.gather(1, windows.indices(0, batch.shape[1]).flatten(1)).view(*windows.starts.shape, task.slots)
+        slots = _run_slots(batch, module, task, reading, windows, u).hidden
+    losses = unrolled_losses(
+        module.net, batch, recipe.replace(depths=task.slots), hear=hear_windows(module.join, windows, slots)
+    )
+    assert losses.hit_map is not None
+    alive = windows.lives(batch.documents, counts)
+    row = (windows.starts - 1).clamp_min(0) + batch.shape[1] * torch.arange(batch.shape[0], device=alive.device)[
+        :, None
+    ]
+    right = losses.hit_map[:, row].permute(1, 2, 0)  # [B, W, N]
+    module.calibration.count(right.flatten(0, 1).float(), right.flatten(0, 1), alive.flatten(0, 1))
+    heard, hits = alive.sum(), (right & alive).sum()
+    others = (losses.hits.sum() - hits) / (losses.counts.sum() - heard).clamp_min(1)
+    return dataclasses.replace(losses, extra={"gained": hits / heard.clamp_min(1) - others})
+
+
 @torch.no_grad()
 def replay(
     batch: Batch, module: PtpModule, mode: Mode, task: Task, calibration: Calibration, agreement: Agreement
@@ -171,15 +210,7 @@ def judge(
             numbers = drawn.gather(1, windows.indices(mode.lead, length).flatten(1)).flatten()
     alive = windows.lives(batch.documents, counts)
     temperature = batch.temperature.gather(1, windows.starts)
-    rows = run_behind(
-        target,
-        reading,
-        module.embed(u.view(alive.shape), temperature).flatten(1, 2),
-        windows.positions(batch.positions),
-        windows.spans(batch.documents),
-        module.adapter,
-        task.kernel,
-    )
+    rows = _run_slots(batch, module, task, reading, windows, u.view(alive.shape))
     predicted = windows.indices(mode.lead, length).flatten(1)
     weights = task.decay ** torch.arange(task.slots, device=u.device) * alive / (batch.answers * task.density)
     teacher = None
@@ -205,6 +236,19 @@ def judge(
     if known is not None:
         losses, hits = losses * known, hits * known
     return Judged(total, losses, hits, scores, alive)
+
+
+def _run_slots(batch: Batch, module: PtpModule, task: Task, reading: Reading, windows: Windows, u: Tensor) -> Reading:
+    """Slots that carry u [B, W, N], behind the reading."""
+    return run_behind(
+        batch.target,
+        reading,
+        module.embed(u, batch.temperature.gather(1, windows.starts)).flatten(1, 2),
+        windows.positions(batch.positions),
+        windows.spans(batch.documents),
+        module.adapter,
+        task.kernel,
+    )
 
 
 def _head(target: Any) -> Callable[[Tensor], Tensor]:

@@ -18,7 +18,7 @@ passed on as in EAGLE (Li et al. 2024).
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import nn
@@ -35,6 +35,8 @@ if TYPE_CHECKING:
     from outpace.drafters.learning import Batch
     from outpace.drafters.ptp.windows import Windows
     from outpace.target import Reading, Target
+
+SamplerName = Literal["none", "chain", "eagle"]
 
 
 class ChainedSampler(nn.Module):
@@ -60,8 +62,8 @@ class ChainedSampler(nn.Module):
         In the slot's dtype, products too, whatever the weights have.
         """
         read = torch.cat([self.slot_norm(slot), self.token_norm(token), self.state_norm(state)], -1)
-        inner = F.silu(_product(self.gate_proj, read)) * _product(self.up_proj, read)
-        return slot + _product(self.down_proj, inner)
+        inner = F.silu(product(self.gate_proj, read)) * product(self.up_proj, read)
+        return slot + product(self.down_proj, inner)
 
     def chain(self, slots: Tensor, tokens: Tensor, state: Tensor) -> Tensor:
         """All steps: slots and embeddings of the tokens before them [..., N, H], the first state [..., H]."""
@@ -72,7 +74,8 @@ class ChainedSampler(nn.Module):
         return torch.stack(states, -2)
 
 
-def _product(layer: nn.Linear, x: Tensor) -> Tensor:
+def product(layer: nn.Linear, x: Tensor) -> Tensor:
+    """A layer in the dtype of what it reads."""
     return linear(x, layer.weight.to(x.dtype))
 
 
