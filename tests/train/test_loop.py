@@ -60,6 +60,19 @@ def test_simulation_predicts_decoding_of_a_half_trained_drafter(name, tmp_path):
     assert simulate(drafter, found.outputs, depth=depth) == pytest.approx(found.emitted_per_round, rel=0.05)
 
 
+def test_a_run_may_begin_with_what_another_one_ended_with(tmp_path):
+    documents = corpus(tmp_path / "c")
+    first = trainer(MAKERS["eagle3"](), documents, tmp_path / "first", recipe={"lr": 6e-3}, steps=10).run()
+    more = trainer(MAKERS["eagle3"](), documents, tmp_path / "more", begin_with=str(tmp_path / "first"))
+    for name, value in more.drafter.module.state_dict().items():
+        kept = first.module.state_dict()[name]
+        assert torch.equal(value, kept.bfloat16().to(value.dtype) if value.is_floating_point() else kept), name
+    assert more.drafter.provenance == {}, "it has a history of its own"
+    more.run()
+    begun = more.drafter.provenance["settings"]["begin_with"]
+    assert begun == str(tmp_path / "first")
+
+
 @pytest.mark.parametrize("optimizer", ["adamw", "flash"])
 def test_resume_equals_a_run_that_was_never_stopped(optimizer, tmp_path):
     documents = corpus(tmp_path / "c", temperatures=(0.0, 0.8), lines=[*LINES, HELD_OUT])
