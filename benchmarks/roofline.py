@@ -33,6 +33,7 @@ import transformers
 
 from outpace import Engine
 from outpace.drafters import Context, make_drafter
+from outpace.drafters.checkpoint import find_shipped
 from outpace.engine import Timing
 from outpace.errors import CheckpointError
 from outpace.laws import Tree
@@ -311,8 +312,11 @@ DRAFTED = (
 
 
 def fitted(spec: str, target: Target) -> Any:
-    """A drafter for a target: its trained weights where there are some, else random ones."""
-    drafter: Any = make_drafter(spec)
+    """A drafter for a target: its trained weights, with their vocabulary, where some ship; else random ones."""
+    name, _, options = spec.partition(":")
+    if find_shipped(name, target) is not None:
+        options = ",".join(option for option in options.split(",") if not option.startswith("vocabulary="))
+    drafter: Any = make_drafter(f"{name}:{options}")
     try:
         drafter.fit(target)
     except CheckpointError:

@@ -86,20 +86,17 @@ def test_a_step_in_kernels_is_a_step_written_out(mode, dtype, tolerance):
     assert float((g1 - g2).norm() / g1.norm()) < 10 * tolerance
 
 
+KINDS = [
+    *[{"mode": mode, **more} for mode in MODES for more in ({}, CHAIN, {"sampler": "chain", "bare": 0.5})],
+    *[{"mode": mode, **EAGLE} for mode in ("mask", "categorical")],
+]
+
+
 @pytest.mark.parametrize("attention", ["dense", "fused"])
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize(
-    "sampler",
-    [
-        {},
-        {"sampler": "chain", "bare": 0.5},
-        {"sampler": "chain", "vocabulary": 30},
-        {"sampler": "eagle", "vocabulary": 30},
-    ],
-)
-def test_a_training_step_does_not_wait_for_the_device(mode, attention, sampler):
-    target, drafter = make(torch.bfloat16, mode=mode, attention=attention, **sampler)
-    batch = batch_of(target)
+@pytest.mark.parametrize("options", KINDS, ids=str)
+def test_a_training_step_does_not_wait_for_the_device(attention, options):
+    target, drafter = make(torch.bfloat16, attention=attention, **options)
+    batch = batch_of(target, drafter)
     drafter.objective(batch).total.backward()  # warm: lazy initialisation may wait
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")

@@ -59,6 +59,17 @@ def test_accept_is_right_at_the_edges(u):
     assert not FixedDice(u).accept(0.0, 0.3, key), "a forbidden token never is, even at u == 0"
 
 
+def test_dice_that_foresaw_answer_the_same(monkeypatch):
+    dice, fresh = ([NoiseDice(Noise(seed), request) for seed, request in ((1, 0), (2**63, 7))] for _ in range(2))
+    places, cpu = [[4, 5, 6], range(9, 11)], torch.device("cpu")
+    NoiseDice.foresee(dice, places, 50, cpu)
+    wanted = [[one.gumbel(at, 50, cpu) for at in some] for one, some in zip(fresh, places, strict=True)]
+    monkeypatch.setattr(Noise, "gumbel", None)  # nothing is made again
+    NoiseDice.foresee(dice, places, 50, cpu)
+    found = [[one.gumbel(at, 50, cpu) for at in some] for one, some in zip(dice, places, strict=True)]
+    assert all(torch.equal(a, b) for x, y in zip(found, wanted, strict=True) for a, b in zip(x, y, strict=True))
+
+
 def test_gumbel_dice_draw_the_law():
     """10,000 draws over three tokens; chi-square below 27.6 (2 degrees of freedom) fails once in 10^6."""
     p = torch.tensor([0.5, 0.3, 0.2])

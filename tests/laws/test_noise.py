@@ -9,7 +9,7 @@ from scipy import stats
 
 from outpace.errors import ConfigError
 from outpace.laws import Noise, Stream
-from outpace.laws.noise import gumbel_of, philox
+from outpace.laws.noise import gumbel_grid, gumbel_of, philox, signed
 
 
 @pytest.mark.parametrize(
@@ -82,6 +82,14 @@ def test_gumbel_noise_is_gumbel_and_keyed():
     assert not torch.equal(g[:100], noise.gumbel(0, 8, 100))
     assert not torch.equal(g[:100], noise.gumbel(1, 7, 100))
     assert torch.equal(g[:7], noise.gumbel(0, 7, 7)), "a vocabulary that no fours fill"
+
+
+def test_gumbel_noise_of_many_positions_is_that_of_each():
+    seeds, requests, positions = [3, 2**64 - 1, 2**63], [2**63 + 9, 0, 5], [0, 77, 2**32 - 1]
+    words = [torch.tensor([signed(n) for n in numbers]) for numbers in (seeds, requests, positions)]
+    found = gumbel_grid(*words, 130)
+    for row, seed, request, position in zip(found, seeds, requests, positions, strict=True):
+        assert torch.equal(row, Noise(seed).gumbel(request, position, 130))
 
 
 def test_gumbel_noise_of_an_id_is_a_word_of_its_four():

@@ -80,6 +80,17 @@ def race_ahead(request: RequestContext, count: int, head: DraftHead) -> Tensor |
     return race_at(dice, range(start, start + count), head.vocabulary, ids, head.weight.device)
 
 
+def foresee_races(
+    requests: Sequence[RequestContext], positions: Sequence[Sequence[int]], vocabulary: int, device: torch.device
+) -> None:
+    """Make the noise that `race_at` will be asked for, of all requests together, where that is quicker."""
+    if device.type == "cpu":
+        return
+    dice = [deciding_dice(request.sampler, "gumbel") for request in requests]
+    raced = [(one, places) for one, places in zip(dice, positions, strict=True) if one is not None]
+    NoiseDice.foresee([one for one, _ in raced], [places for _, places in raced], vocabulary, device)
+
+
 def race_at(
     dice: NoiseDice, positions: Sequence[int], vocabulary: int, ids: Tensor | None, device: torch.device
 ) -> Tensor:
@@ -91,6 +102,8 @@ def race_at(
 def draws_ahead(requests: Sequence[RequestContext], count: int, head: DraftHead, coupling: float) -> Draws | None:
     """What decides the next `count` positions of each request, or None where all are greedy."""
     numbers = [numbers_ahead(request, count) for request in requests]
+    ahead = [range(len(request.tokens), len(request.tokens) + count) for request in requests]
+    foresee_races(requests, ahead, head.vocabulary, head.weight.device)
     races = [race_ahead(request, count, head) for request in requests]
     if not any(numbers) and all(race is None for race in races):
         return None

@@ -12,9 +12,11 @@ from typing import TYPE_CHECKING, Final, Literal, NamedTuple, Protocol, get_args
 import torch
 
 from outpace.errors import LawError
-from outpace.laws.noise import Noise, Stream
+from outpace.laws.noise import Noise, Stream, gumbel_grid, signed
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from torch import Tensor
 
 NoiseKind = Literal["gumbel", "uniform"]
@@ -99,10 +101,32 @@ class NoiseDice:
         found = self._races.get(position)
         if found is None or found.shape[0] < vocabulary or found.device != device:
             found = self.noise.gumbel(self.request, position, vocabulary, device)
-            self._races[position] = found
-            while len(self._races) > KEPT_RACES:
-                del self._races[min(self._races)]
+            self._keep(position, found)
         return found[:vocabulary]
+
+    @staticmethod
+    def foresee(
+        dice: Sequence[NoiseDice], positions: Sequence[Sequence[int]], vocabulary: int, device: torch.device
+    ) -> None:
+        """Make the Gumbel noise of several requests' positions at once, each to be asked for by `gumbel`.
+
+        Worth it on a device that is slow to start a kernel; a CPU is quicker one by one.
+        """
+        wanted = [
+            (one, at) for one, places in zip(dice, positions, strict=True) for at in places if at not in one._races
+        ]
+        if not wanted:
+            return
+        numbers = [[signed(one.noise.seed), signed(one.request), at] for one, at in wanted]
+        seeds, identities, places = torch.tensor(numbers, device=device).T
+        noise = gumbel_grid(seeds, identities, places, vocabulary)
+        for (one, at), row in zip(wanted, noise, strict=True):
+            one._keep(at, row)
+
+    def _keep(self, position: int, noise: Tensor) -> None:
+        self._races[position] = noise
+        while len(self._races) > KEPT_RACES:
+            del self._races[min(self._races)]
 
     def draw(self, weights: Tensor, key: Key) -> int:
         """Inverse CDF at the key's number; with Gumbel noise (path stream only) the arg-max of log p + g."""

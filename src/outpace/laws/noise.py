@@ -56,17 +56,18 @@ def _multiply(constant: int, word: Word) -> tuple[Word, Word]:
     return (carry >> 16) & _MASK, ((carry << 16) | (low & 0xFFFF)) & _MASK
 
 
-def philox(counter: tuple[Word, Word, Word, Word], key: tuple[int, int]) -> tuple[Word, Word, Word, Word]:
+def philox(counter: tuple[Word, Word, Word, Word], key: tuple[Any, Any]) -> tuple[Word, Word, Word, Word]:
     """Philox-4x32 with ten rounds: four 32-bit words in, four out.
 
-    Words are integers, or int64 tensors or uint64 arrays of one shape.
+    Words are integers, or int64 tensors or uint64 arrays whose shapes broadcast; the key's are integers, or tensors
+    where the counter's are.
     """
     c0, c1, c2, c3 = counter
     k0, k1 = key
     for _ in range(10):
         high0, low0 = _multiply(_M0, c0)
         high1, low1 = _multiply(_M1, c2)
-        c0, c1, c2, c3 = high1 ^ c1 ^ k0, low1, high0 ^ c3 ^ k1, low0  # type: ignore[assignment]  # as above
+        c0, c1, c2, c3 = high1 ^ c1 ^ k0, low1, high0 ^ c3 ^ k1, low0
         k0, k1 = (k0 + _W0) & _MASK, (k1 + _W1) & _MASK
     return c0, c1, c2, c3
 
@@ -134,10 +135,26 @@ class Noise:
             words = np.stack(philox((alike(counters, position), alike(counters, request & _MASK),
                                      alike(counters, request >> 32), counters), self._key), -1)  # fmt: skip
             return gumbel_of(torch.from_numpy(words.ravel()[:vocabulary].astype(np.float32)))
-        ids = torch.arange(count, dtype=torch.int64, device=device) | tail
-        full = torch.full_like
-        counter = (full(ids, position), full(ids, request & _MASK), full(ids, request >> 32), ids)
-        return gumbel_of(torch.stack(philox(counter, self._key), -1).flatten()[:vocabulary].float())
+        seed, identity, at = torch.tensor([signed(self.seed), signed(request), position], device=device)[:, None]
+        return gumbel_grid(seed, identity, at, vocabulary)[0]
+
+
+def gumbel_grid(seeds: Tensor, requests: Tensor, positions: Tensor, vocabulary: int) -> Tensor:
+    """`Noise.gumbel` of n positions at once, on the tensors' device: [n, vocabulary] float32.
+
+    seeds, requests: [n] int64, bit patterns of the 64-bit numbers; positions: [n] int64. A device that is slow to start
+    a kernel takes about as long for many positions as for one.
+    """
+    counters = torch.arange(-(-vocabulary // 4), device=positions.device) | Stream.GUMBEL << 28
+    at, low, high = positions[:, None], requests[:, None] & _MASK, (requests[:, None] >> 32) & _MASK
+    key = (seeds[:, None] & _MASK, (seeds[:, None] >> 32) & _MASK)
+    words = torch.stack(philox((at, low, high, counters[None]), key), -1)
+    return gumbel_of(words.flatten(1)[:, :vocabulary].float())
+
+
+def signed(word: int) -> int:
+    """The same 64 bits as int64 has them."""
+    return word - (1 << 64) if word >= 1 << 63 else word
 
 
 def gumbel_of(words: Tensor) -> Tensor:

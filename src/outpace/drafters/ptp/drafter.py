@@ -16,7 +16,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import nn
 
-from outpace.drafters.ahead import deciding_dice, race_at
+from outpace.drafters.ahead import deciding_dice, foresee_races, race_at
 from outpace.drafters.base import Context, Needs, RequestContext
 from outpace.drafters.growth import Plan
 from outpace.drafters.heads import choose_ids, special_ids
@@ -560,6 +560,7 @@ class Ptp(LearnedDrafter):
         vocabulary = self.target.vocabulary
         ids = None if head is None or not head.reduced else head.ids
         found = torch.zeros(*predicted.shape, vocabulary if ids is None else len(ids), device=device)
+        foresee_races(requests, predicted.tolist(), vocabulary, device)
         for row, positions, one in zip(found, predicted.tolist(), dice, strict=True):
             if one is not None:
                 row.copy_(race_at(one, positions, vocabulary, ids, device))
