@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from outpace.target.skinny import MOST_ROWS, Linear, linear
+from outpace.target.skinny import MOST_ROWS, Linear, linear, same_product
 
 
 @torch.no_grad()
@@ -22,3 +22,22 @@ def test_it_has_gradients_where_they_are_wanted():
     layer, x = Linear(24, 40), torch.randn(3, 24, requires_grad=True)
     layer(x).sum().backward()
     torch.testing.assert_close(x.grad, layer.weight.detach().sum(0).expand(3, -1))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("rows", "more"), [(1, 4), (3, 4), (5, 7), (9, 12), (13, 16)])
+@pytest.mark.parametrize("shape", [(960, 576), (576, 1536), (64, 32)])
+def test_rows_that_fill_up_a_product_leave_the_others_alone(rows, more, shape):
+    """Bit for bit, in any place: what rides along may stand between the rows of a batch."""
+    generator = torch.Generator().manual_seed(rows)
+    weight = torch.randn(shape, generator=generator)
+    x = torch.randn(more, shape[1], generator=generator)
+    chosen = torch.randperm(more, generator=generator)[:rows]
+    assert same_product(rows, more)
+    assert torch.equal(linear(x, weight)[chosen], linear(x[chosen], weight))
+
+
+def test_other_numbers_of_rows_are_other_products():
+    assert not same_product(4, 5)
+    assert not same_product(MOST_ROWS, MOST_ROWS + 1)
+    assert not same_product(MOST_ROWS + 1, MOST_ROWS + 2)

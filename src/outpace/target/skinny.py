@@ -43,6 +43,11 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, eight: Eight |
     return out.view(*x.shape[:-1], -1)
 
 
+def same_product(rows: int, more: int) -> bool:
+    """Whether so many rows, or more of them, are padded to a product of one shape."""
+    return -(-rows // 4) == -(-more // 4) and more <= MOST_ROWS
+
+
 class Eight:
     """A weight in eight bits, a scale per output, read by bfloat16 inputs; sums are float32.
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, ClassVar, Literal, Self, get_args
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self, get_args
 from weakref import WeakKeyDictionary
 
 import torch
@@ -288,6 +288,13 @@ class Ptp(LearnedDrafter):
     def shifts(self) -> tuple[int, ...]:
         """EAGLE-3's; none without it: windows start where they like."""
         return () if self.sampler != "eagle" else tuple(range(2, self.recipe.depths + 2))
+
+    @classmethod
+    def suited(cls, options: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
+        """On a CPU, behind EAGLE-3's network, a chain of two and one slot: four rows cost what one does there."""
+        if device.type != "cpu" or options.get("sampler") != "eagle":
+            return dict(options)
+        return {**options, "draft_len": 2, "branches": 1, "nodes": 2, "budget": 1, "min_gain": 0.0}
 
     def prepare(self, counts: Tensor, target: Target) -> None:
         """Choose the draft vocabulary."""

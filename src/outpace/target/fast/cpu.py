@@ -19,7 +19,7 @@ from outpace.target.block import Block, Readout
 from outpace.target.fast.layer import heads, norm, rest
 from outpace.target.fast.plan import Plan, Projection, joined_names, make_plan
 from outpace.target.masks import additive_mask, block_visibility
-from outpace.target.skinny import linear
+from outpace.target.skinny import linear, same_product
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -130,10 +130,11 @@ class CpuPass:
 def _linear(x: Tensor, projection: Projection, main: int) -> Tensor:
     """X @ weight.T + bias. In float32 the rows behind the main ones take a product of their own.
 
-    Kernels for few rows then give main rows the same bits whatever stands behind them; in bfloat16 they do anyway.
+    Kernels for few rows then give main rows the same bits whatever stands behind them; in bfloat16 they do anyway. Rows
+    that only fill up what the main ones are padded to ride along, for that product is of the same shape.
     """
     weight, bias = projection.weight, projection.bias
-    if main == x.shape[1] or x.dtype != torch.float32:
+    if main == x.shape[1] or x.dtype != torch.float32 or same_product(x.shape[0] * main, x.shape[0] * x.shape[1]):
         return linear(x, weight, bias)
     return torch.cat([linear(x[:, :main], weight, bias), linear(x[:, main:], weight, bias)], 1)
 
