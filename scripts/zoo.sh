@@ -28,14 +28,15 @@ write "$prompts" first
 python3 "$(dirname "$0")/derive_prompts.py" "$out/corpus" "$out/derived/derived.jsonl" --german "$@"
 write "$out/derived" derived
 
-train() { # name spec units
+train() { # name spec units, further options
+  local units=$3
   outpace train smollm2 --drafter "$2" --corpus "$out/corpus" --out "$out/$1" --optimizer adamw --eval-every 0 \
-    --eval-prompts 32 --eval-tokens 96 --rows 16 --minutes "$(python3 -c "print($3 * $unit)")" \
+    --eval-prompts 32 --eval-tokens 96 --rows 16 --minutes "$(python3 -c "print($units * $unit)")" "${@:4}" \
     > "$out/logs/train-$1.log" 2>&1
   tail -n 1 "$out/logs/train-$1.log"
 }
 train eagle3 "eagle3:layers=1,vocabulary=16384,draft_len=7,nodes=31" 9
 train mtp "mtp:vocabulary=12288,nodes=31" 1.3
 train medusa "medusa:vocabulary=12288,nodes=31" 0.8
-train ptp "ptp:rank=40" 4
-train mask "ptp:rank=40,mode=mask" 4
+train ptp "ptp:mode=mask,sampler=eagle,slots=6,rank=16,vocabulary=16384,branches=8,nodes=31" 7.5 --begin-with "$out/eagle3"
+train mask "ptp:mode=mask,rank=40,slots=6,any_temperature=true" 7.5
