@@ -103,6 +103,27 @@ def test_drafts_change_once_it_hears_and_texts_do_not(exact):
     assert rounds[0] == rounds[1] != rounds[2]
 
 
+def test_slots_of_an_older_round_are_not_heard(exact, monkeypatch):
+    drafter = fresh(exact, shaken=("net", "join", "adapter", "embedding")).for_decoding()
+    engine, ran = Engine(exact, drafter, stand_down=False), []
+    scouts, paths = drafter.scouts, drafter._eagle.paths
+
+    def every_second(context, draft):
+        ran.append(len(ran) % 2 == 0)
+        drafter._plan = None
+        return scouts(context, draft) if ran[-1] else None
+
+    def told(context, heard):
+        assert [state is not None for state in heard.values()] == ([ran[-1]] if ran else [False])
+        return paths(context, heard)
+
+    monkeypatch.setattr(drafter, "scouts", every_second)
+    monkeypatch.setattr(drafter._eagle, "paths", told)
+    engine.generate([PROMPTS[0]], **OPTIONS)
+    engine.close()
+    assert len(ran) > 4
+
+
 def test_a_window_is_heard_by_its_row_from_its_step_on(single):
     drafter = fresh(single, shaken=("net", "join"))
     batch = batch_of(drafter)

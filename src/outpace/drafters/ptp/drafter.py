@@ -56,7 +56,7 @@ class _State:
     Attributes:
         numbers: its path's numbers from position 0 on, as far as fetched (float64, on the host).
         paths: next draft.
-        heard: [n, H], states of the slots behind the last walk, until the next draft is grown from them.
+        heard: [n, H], states of the slots behind the last walk, if it had any.
     """
 
     numbers: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.float64))
@@ -421,7 +421,7 @@ class Ptp(LearnedDrafter):
         if self._eagle is not None:
             heard = {request: self._state(request).heard for request in context.requests}
             for request, paths in self._eagle.paths(context, heard).items():
-                self._state(request).paths, self._state(request).heard = paths, None
+                self._state(request).paths = paths
         trees = []
         for request in context.requests:
             paths = self._state(request).paths if request.speculate else {}
@@ -473,7 +473,7 @@ class Ptp(LearnedDrafter):
         if self.adaptive:
             self._learn(context.requests, walks)
         for request in context.requests:
-            self._state(request).paths = {}
+            self._state(request).paths, self._state(request).heard = {}, None
         if self._eagle is not None:
             self._eagle.observe(context, walks, read)
         if plan is None:
