@@ -7,6 +7,8 @@ from outpace.drafters import TokenDrafter
 from outpace.drafters.eagle import Eagle3
 from outpace.drafters.medusa import Medusa
 from outpace.drafters.merged import Merged
+from outpace.drafters.ptp import Ptp
+from outpace.drafters.ptp import eagle as behind
 from outpace.drafters.suffix import Suffix
 from outpace.laws import Tree
 from tiny import PROMPTS, target
@@ -63,6 +65,40 @@ def test_one_that_follows_features_reads_those_of_the_path_whoever_guessed_it():
     engine = Engine(target(), Merged([Suffix(), merged]), stand_down=False)
     found, same = states_read(merged, engine)
     assert same == text
+    shared = wanted.keys() & found.keys()
+    assert len(shared) > 20
+    for at in shared:
+        torch.testing.assert_close(found[at], wanted[at], atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_a_network_behind_slots_reads_the_path_whoever_guessed_it(first, monkeypatch):
+    """Slots stand behind the merged draft, and the path leads through nodes of that."""
+
+    def read_by(ptp, engine):
+        found = {}
+
+        def watch(*given):
+            follower = ptp._eagle.follower
+            found.update(
+                {tuple(r.tokens): follower.cache.top[seat].clone() for seat, r in enumerate(follower.seats.requests)}
+            )
+            return born(*given)
+
+        monkeypatch.setattr(behind, "born", watch)
+        outputs = engine.generate(PROMPTS[:3], max_new_tokens=30, ignore_eos=True)
+        return found, [o.tokens for o in outputs], sum(o.stats.accepted for o in outputs)
+
+    born = behind.born
+    alone, merged = (
+        fresh(Ptp(mode="mask", sampler="eagle", slots=3, rank=4, branches=2, nodes=5, budget=8, min_gain=0.0))
+        for _ in range(2)
+    )
+    wanted, text, few = read_by(alone, Engine(target(), alone, stand_down=False))
+    both = Merged([merged, Suffix()] if first else [Suffix(), merged])
+    found, same, more = read_by(merged, Engine(target(), both, stand_down=False))
+    assert same == text
+    assert more > few, "the other one's tokens were accepted too"
     shared = wanted.keys() & found.keys()
     assert len(shared) > 20
     for at in shared:

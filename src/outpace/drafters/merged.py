@@ -93,10 +93,11 @@ class Merged(Drafter):
         taps = dict(zip(read.taps, along_path(walks, list(read.taps.values())), strict=True)) if read.taps else {}
         path = Readout(read.logits, read.scout_logits, taps)
         for drafter, trees in zip(self.drafters, proposed, strict=True):
-            if drafter.needs.taps and not drafter.needs.scouts:
-                drafter.observe(context, chains, path)
+            if drafter.needs.taps:
+                # states of scouts are no part of the path: who brings scouts gets the pass as it was
+                given = (walks, read) if drafter.needs.scouts else (chains, path)
+                drafter.observe(context, *given)
                 continue
-            # states of scouts are no part of the path: who brings scouts gets the pass as it was
             own = [Walk(_follow(tree, walk.tokens), walk.tokens) for tree, walk in zip(trees, walks, strict=True)]
             drafter.observe(context, own, read)
 
