@@ -61,7 +61,7 @@ def test_accept_is_right_at_the_edges(u):
 
 def test_dice_that_foresaw_answer_the_same(monkeypatch):
     dice, fresh = ([NoiseDice(Noise(seed), request) for seed, request in ((1, 0), (2**63, 7))] for _ in range(2))
-    places, cpu = [[4, 5, 6], range(9, 11)], torch.device("cpu")
+    places, cpu = [[4, 5, 6, 5], range(9, 11)], torch.device("cpu")
     NoiseDice.foresee(dice, places, 50, cpu)
     wanted = [[one.gumbel(at, 50, cpu) for at in some] for one, some in zip(fresh, places, strict=True)]
     monkeypatch.setattr(Noise, "gumbel", None)  # nothing is made again

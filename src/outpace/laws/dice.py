@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 NoiseKind = Literal["gumbel", "uniform"]
 NOISES: Final[tuple[NoiseKind, ...]] = get_args(NoiseKind)
 KEPT_RACES: Final = 16  # positions whose Gumbel noise a request keeps at hand
+_FORESEEN: Final = 1 << 24  # numbers made at once: half a gigabyte of words on their way
 
 
 class Key(NamedTuple):
@@ -110,18 +111,19 @@ class NoiseDice:
     ) -> None:
         """Make the Gumbel noise of several requests' positions at once, each to be asked for by `gumbel`.
 
-        Worth it on a device that is slow to start a kernel; a CPU is quicker one by one.
+        Worth it on a device that is slow to start a kernel; a CPU is quicker one by one. Of a request, no more
+        positions than it keeps.
         """
-        wanted = [
-            (one, at) for one, places in zip(dice, positions, strict=True) for at in places if at not in one._races
-        ]
-        if not wanted:
-            return
-        numbers = [[signed(one.noise.seed), signed(one.request), at] for one, at in wanted]
-        seeds, identities, places = torch.tensor(numbers, device=device).T
-        noise = gumbel_grid(seeds, identities, places, vocabulary)
-        for (one, at), row in zip(wanted, noise, strict=True):
-            one._keep(at, row)
+        places = [sorted(set(some))[:KEPT_RACES] for some in positions]
+        wanted = [(one, at) for one, some in zip(dice, places, strict=True) for at in some if at not in one._races]
+        size = max(1, _FORESEEN // vocabulary)
+        for start in range(0, len(wanted), size):
+            piece = wanted[start : start + size]
+            numbers = [[signed(one.noise.seed), signed(one.request), at] for one, at in piece]
+            seeds, requests, places_of = torch.tensor(numbers, device=device).T
+            noise = gumbel_grid(seeds, requests, places_of, vocabulary)
+            for (one, at), row in zip(piece, noise, strict=True):
+                one._keep(at, row.clone())  # or a row would keep those of all
 
     def _keep(self, position: int, noise: Tensor) -> None:
         self._races[position] = noise
