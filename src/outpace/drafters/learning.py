@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-import json
 import os
 from abc import abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
@@ -361,24 +360,30 @@ class LearnedDrafter(Drafter):
                 f"nothing to begin with: {os.fspath(source)!r} is no folder of a drafter, and none of that name ships "
                 f"for {self.target.name}"
             )
-        name = read_config(folder)["drafter"]
-        part = self.part_for(name)
-        if part is None:
+        config = read_config(folder)
+        name, found = config["drafter"], self.part_for(config["drafter"])
+        if found is None:
             raise CheckpointError(f"{str(folder)!r} holds drafter {name!r}, which {self.name!r} cannot begin with")
-        _, tensors = load_checkpoint(folder, name, self.target)
-        wanted = part.state_dict()
-        if {k: v.shape for k, v in tensors.items()} != {k: v.shape for k, v in wanted.items()}:
-            odd = sorted(k for k in tensors.keys() | wanted.keys() if k not in wanted or k not in tensors)
-            odd = odd or sorted(k for k in wanted if wanted[k].shape != tensors[k].shape)
+        part, options = found
+        odd = {k: v for k, v in options.items() if k in config["options"] and config["options"][k] != v}
+        if odd:
+            theirs = ", ".join(f"{k}={config['options'][k]}" for k in odd)
+            ours = ", ".join(f"{k}={v}" for k, v in odd.items())
             raise CheckpointError(
-                f"{str(folder)!r} was trained with other options than this {self.name!r}: {', '.join(odd[:4])} differ; "
-                f"give those of its config ({json.dumps(read_config(folder)['options'])})"
+                f"{str(folder)!r} was trained with {theirs}, and this {self.name!r} has {ours}; begin with weights of "
+                "the same options, or give these where this drafter has them"
             )
-        part.load_state_dict(tensors)
+        _, tensors = load_checkpoint(folder, name, self.target)
+        try:
+            part.load_state_dict(tensors)
+        except RuntimeError as error:
+            raise CheckpointError(
+                f"the weights in {str(folder)!r} are not those its config speaks of: {error}"
+            ) from error
 
-    def part_for(self, name: str) -> nn.Module | None:
-        """The part of the module that weights of a drafter of that name are for, or None."""
-        return self.module if name == self.name else None
+    def part_for(self, name: str) -> tuple[nn.Module, dict[str, Any]] | None:
+        """The part of the module that weights of a drafter of that name are for, and options that shape it; or None."""
+        return (self.module, self.shaping()) if name == self.name else None
 
     def fit(self, target: Target) -> None:
         """Load the weights this drafter was made from, or those shipped for that target, with outpace or with it.
@@ -517,6 +522,10 @@ class LearnedDrafter(Drafter):
         """Constructor options by name, JSON data."""
         parameters = inspect.signature(type(self).__init__).parameters
         return {name: _plain(getattr(self, name)) for name in list(parameters)[1:]}
+
+    def shaping(self) -> dict[str, Any]:
+        """Those of `options` that shape the weights."""
+        return {name: value for name, value in self.options().items() if name not in self.decoding}
 
     def take_options(self, other: Self) -> None:
         """Decode as another drafter of this class does."""

@@ -509,10 +509,10 @@ class Trainer:
         save_state(self.out, self.objective, self.optimizer, state, self.ranks)
 
     def _fingerprint(self) -> dict[str, Any]:
-        options = {k: v for k, v in self.drafter.options().items() if k not in self.drafter.decoding}
         return {
             "drafter": self.drafter.name,
-            "options": options,
+            "options": self.drafter.shaping(),
+            "begin_with": self.settings.begin_with,
             "corpus": self.corpus.digest,
             "recipe": {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self.recipe).items()},
             "seed": self.settings.seed,
@@ -522,10 +522,11 @@ class Trainer:
     def _check_same_run(self, state: dict[str, Any]) -> None:
         ours = self._fingerprint()
         for key, value in ours.items():
-            if state["run"][key] != value:
+            theirs = state["run"].get(key)
+            if theirs != value:
                 raise ConfigError(
-                    f"{str(self.out)!r} holds a run with another {key} ({state['run'][key]!r}, now {value!r}); give "
-                    "the same, or start anew in another folder (--out)"
+                    f"{str(self.out)!r} holds a run with another {key} ({theirs!r}, now {value!r}); give the same, or "
+                    "start anew in another folder (--out)"
                 )
 
     def _save(self, seconds: float) -> None:
