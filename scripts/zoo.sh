@@ -38,5 +38,5 @@ train() { # name spec units, further options
 train eagle3 "eagle3:layers=1,vocabulary=16384,draft_len=7,nodes=31" 9
 train mtp "mtp:vocabulary=12288,nodes=31" 1.3
 train medusa "medusa:vocabulary=12288,nodes=31" 0.8
-train ptp "ptp:mode=mask,sampler=eagle,slots=6,rank=16,vocabulary=16384,branches=8,nodes=31" 7.5 --begin-with "$out/eagle3"
+train ptp "ptp:mode=mask,sampler=eagle,slots=6,rank=16,vocabulary=16384,branches=8,nodes=31" 7.5 --begin-with "$out/eagle3" --keep-gib 60
 train mask "ptp:mode=mask,rank=40,slots=6,any_temperature=true" 7.5

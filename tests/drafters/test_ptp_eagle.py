@@ -9,11 +9,12 @@ import torch
 from outpace import Engine
 from outpace.drafters.eagle import Eagle3
 from outpace.drafters.growth import Plan, born, extend
-from outpace.drafters.ptp import Ptp
+from outpace.drafters.ptp import Ptp, two_pass
 from outpace.drafters.ptp.eagle import hear_windows
 from outpace.drafters.ptp.windows import Windows
 from outpace.drafters.rows import unrolled_losses
-from outpace.errors import CheckpointError, ConfigError
+from outpace.errors import CheckpointError, ConfigError, UnsupportedError
+from outpace.laws import Noise, NoiseDice, Sampler, Settings
 from outpace.target import Target, read, run_behind
 from outpace.train.features import read_taps
 from outpace.train.packing import Document, assemble
@@ -222,6 +223,28 @@ def test_a_checkpoint_comes_back_whole(exact, tmp_path):
     assert found[0] == found[1]
 
 
+def test_where_its_numbers_decide_nothing_no_slots_are_run(exact):
+    drafter = fresh(exact, mode="categorical", shaken=("net", "join", "adapter", "embedding")).for_decoding()
+    ran, scouts = [], drafter.scouts
+    drafter.scouts = lambda context, draft: ran.append(scouts(context, draft)) or ran[-1]
+    engine = Engine(exact, drafter, stand_down=False)
+    with pytest.warns(UserWarning, match="no slots are run, and EAGLE-3's network drafts without them"):
+        engine.generate([PROMPTS[0]], temperature=1.0, **OPTIONS)
+    assert set(ran) == {None}
+    engine.generate([PROMPTS[0]], temperature=1.0, noise="uniform", **OPTIONS)
+    engine.close()
+    assert ran[-3] is not None
+
+
+def test_agreement_is_counted_where_slots_carry_numbers(exact):
+    drafter = fresh(exact, mode="categorical")
+    batch = batch_of(drafter)
+    drafter.calibrate([dataclasses.replace(batch, **{
+        name: getattr(batch, name)[:1] for name in ("tokens", "documents", "positions", "answer", "temperature")
+    })])  # fmt: skip
+    assert 0 < drafter.module.agreement.share(0.7) < 1
+
+
 # Bad input ---------------------------------------------------------------------------------------------------------
 
 
@@ -240,12 +263,31 @@ def test_what_does_not_go_together_is_refused(options, words):
         Ptp(**{"mode": "mask", "sampler": "eagle", **options})
 
 
+def test_two_passes_are_for_slots(exact):
+    sampler = Sampler(Settings(temperature=1.0, noise="uniform"), NoiseDice(Noise(5), 0, "uniform"))
+    with pytest.raises(ConfigError, match="decode 'eagle' with an Engine"):
+        two_pass(exact, fresh(exact), sampler, PROMPTS[0], 8)
+
+
+def test_a_model_outside_the_family_table_is_refused():
+    with pytest.raises(UnsupportedError, match="use sampler=chain or sampler=none"):
+        fresh(Target(make_model("stablelm")))
+
+
 def test_what_cannot_be_begun_with_is_refused_in_words(exact, tmp_path):
     eagle, drafter = Eagle3(**TREE, vocabulary=20), fresh(exact, vocabulary=30)
     eagle.initialise(exact, seed=2)
     eagle.save_pretrained(tmp_path / "eagle3")
-    with pytest.raises(CheckpointError, match=r"with other options than this 'ptp': head\.d2t differ"):
+    with pytest.raises(CheckpointError, match="was trained with vocabulary=20, and this 'ptp' has vocabulary=30"):
         drafter.begin_with(tmp_path / "eagle3")
+    other = Eagle3(**TREE, vocabulary=30, norm_output=False, layers=2)
+    other.initialise(exact, seed=2)
+    other.save_pretrained(tmp_path / "other")
+    for one in (drafter, eagle):
+        with pytest.raises(
+            CheckpointError, match=r"trained with layers=2, .*norm_output=False, and this .* has layers=1"
+        ):
+            one.begin_with(tmp_path / "other")
     with pytest.raises(CheckpointError, match="is no folder of a drafter, and none of that name ships for"):
         drafter.begin_with("medusa")
     drafter.save_pretrained(tmp_path / "ptp")

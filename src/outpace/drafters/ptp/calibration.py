@@ -43,16 +43,18 @@ class Calibration(nn.Module):
             self.register_buffer(name, torch.zeros(size))
 
     @torch.no_grad()
-    def count(self, scores: Tensor, right: Tensor, tried: Tensor, *, keep: float = 0.98) -> None:
+    def count(self, scores: Tensor | None, right: Tensor, tried: Tensor, *, keep: float = 0.98) -> None:
         """Add windows of guesses: each [n, depths]; a window ends where it was not tried. Does not wait for the device.
 
-        scores: float in [0, 1]; right, tried: bool. keep: what is left of the older counts.
+        scores: float in [0, 1], or None where guesses have none: then only how far they reach is counted. right, tried:
+        bool. keep: what is left of the older counts.
         """
         alive = torch.cumprod((right & tried).to(torch.float32), 1)
         before = torch.cat([torch.ones_like(alive[:, :1]), alive[:, :-1]], 1) * tried
-        index = (scores * BINS).long().clamp(0, BINS - 1).flatten()
-        for buffer, weights in ((self.guessed, before), (self.right, alive)):
-            buffer.mul_(keep).scatter_add_(0, index, weights.flatten().to(buffer.dtype))
+        if scores is not None:
+            index = (scores * BINS).long().clamp(0, BINS - 1).flatten()
+            for buffer, weights in ((self.guessed, before), (self.right, alive)):
+                buffer.mul_(keep).scatter_add_(0, index, weights.flatten().to(buffer.dtype))
         self.reached.mul_(keep).add_(before.sum(0))
         self.passed.mul_(keep).add_(alive.sum(0))
 

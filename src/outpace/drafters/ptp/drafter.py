@@ -1,7 +1,8 @@
 """The drafter: numbers go in as scouts, the next draft comes out of the same pass.
 
 What a round does, per request: `propose` hands over the draft read in the round before; `scouts` adds groups of slots
-behind the nodes at which the walk may end; `observe` reads the group behind the node at which it did end. The
+behind the nodes at which the walk may end; `observe` reads the group behind the node at which it did end. Behind
+EAGLE-3's network `observe` keeps the group's states, and `propose` grows a tree that hears them (`ptp.eagle`). The
 arithmetic is in `rows`, on tensors; here it meets requests.
 """
 
@@ -18,6 +19,7 @@ from torch import nn
 
 from outpace.drafters.ahead import deciding_dice, foresee_races, race_at
 from outpace.drafters.base import Context, Needs, RequestContext
+from outpace.drafters.eagle import Eagle3
 from outpace.drafters.growth import Plan
 from outpace.drafters.heads import choose_ids, special_ids
 from outpace.drafters.learning import Batch, LearnedDrafter, Losses, Recipe
@@ -28,12 +30,12 @@ from outpace.drafters.ptp.encodings import find_encoding
 from outpace.drafters.ptp.mismatch import mismatch
 from outpace.drafters.ptp.modes import ModeName, find_mode
 from outpace.drafters.ptp.module import PtpModule
-from outpace.drafters.ptp.objective import Task, check_loss, joint_objective, objective, replay
+from outpace.drafters.ptp.objective import Task, check_loss, compare_presets, joint_objective, objective, replay
 from outpace.drafters.ptp.paths import Paths, prune, spread, tree_paths
 from outpace.drafters.ptp.sampler import SamplerName, follow
-from outpace.errors import ConfigError
+from outpace.errors import ConfigError, UnsupportedError
 from outpace.laws import Draft, NoiseDice, Sampler, Settings, Walk
-from outpace.target import Kernel, Scouts
+from outpace.target import Kernel, Scouts, read
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -47,6 +49,7 @@ _AHEAD = 128  # numbers of a request fetched at once
 # Rows pay until they cost more than they bring; measured per device type (docs/methods/ptp.md).
 _BUDGET = {"cpu": 16, "cuda": 48}
 _MIN_GAIN = {"cpu": 0.05, "cuda": 0.0}
+_EAGLE_BUDGET = {"cpu": 1, "cuda": 48}
 
 
 @dataclass(eq=False)
@@ -117,10 +120,10 @@ class Ptp(LearnedDrafter):
         min_gain: expected tokens a row must bring to be run, as a slot or as a draft token; negative: as measured.
         branches: candidates per position; above 1, drafts are trees of them. With a chain, all but the likeliest of
             each position are leaves, for what follows was asked behind the likeliest.
-        nodes: most tokens of a draft; 0 for as many as slots. draft_len: most along a path; 0 for as many as slots
-            allow.
-        read: how slots that predict laws are read at temperature > 0: "path" (drawn with the position's own noise),
-            "argmax", or "auto": "path" for slots that carry numbers or have a sampler, "argmax" for others.
+        nodes: most tokens of a draft; 0 for `budget`, or with sampler="eagle" for draft_len. draft_len: most along a
+            path; 0 for as many as slots allow.
+        read: how laws are read at temperature > 0: "path" (drawn with the position's own noise), "argmax", or "auto":
+            "path", but where numbers are looked up (uniform noise) by slots that carry none and have no sampler.
         adaptive: go on calibrating while decoding. Off by default: drafts (never text) would depend on earlier ones.
     """
 
@@ -233,9 +236,14 @@ class Ptp(LearnedDrafter):
                 f"{self.sampler_size}, {self.vocabulary} and {self.bare}"
             )
         if self.sampler not in get_args(SamplerName):
-            raise ConfigError(f"sampler must be one of {', '.join(get_args(SamplerName))}, got {self.sampler!r}")
+            raise ConfigError(
+                f"sampler must be one of {', '.join(get_args(SamplerName))}, got {self.sampler!r} (true was the chain)"
+            )
         if self.sampler == "none" and (self.sampler_size or self.vocabulary or self.bare):
-            raise ConfigError("sampler_size, vocabulary and bare belong to the sampler; pass sampler=chain with them")
+            raise ConfigError(
+                "sampler_size, vocabulary and bare belong to a sampler; pass sampler=chain with them, or sampler=eagle "
+                "with the first two"
+            )
         if self.sampler != "none" and self.inverse:
             raise ConfigError("inverse training finds numbers under laws of slots without a sampler; leave one away")
         if self.sampler == "eagle" and (self.mode == "one_hot" or self.bare):
@@ -294,7 +302,7 @@ class Ptp(LearnedDrafter):
         """On a CPU, behind EAGLE-3's network, a chain of two and one slot: four rows cost what one does there."""
         if device.type != "cpu" or options.get("sampler") != "eagle":
             return dict(options)
-        return {**options, "draft_len": 2, "branches": 1, "nodes": 2, "budget": 1, "min_gain": 0.0}
+        return {**options, "draft_len": 2, "branches": 1, "nodes": 2}
 
     def prepare(self, counts: Tensor, target: Target) -> None:
         """Choose the draft vocabulary."""
@@ -305,6 +313,11 @@ class Ptp(LearnedDrafter):
         """Fresh weights: an adapter that changes nothing yet, and embeddings in the midst of the tokens'."""
         self.shape = find_mode(self.mode)
         self._ask()
+        if self.sampler == "eagle" and target.family is None:
+            raise UnsupportedError(
+                f"ptp:sampler=eagle reads states between layers, and {target.config.model_type} is outside the family "
+                "table (outpace.target.families); use sampler=chain or sampler=none, which read the top alone"
+            )
         module = PtpModule(
             target,
             self.shape,
@@ -329,14 +342,17 @@ class Ptp(LearnedDrafter):
 
     def calibrate(self, batches: Iterable[Batch]) -> None:
         """Count, on answers of the target, how far guesses reach and how far to trust them."""
-        if self.sampler == "eagle":
-            self.ready(self.target)  # drafts say how sure they are; how far they reach was counted in training
-            return
         found, agreement = Calibration(self.slots - self.shape.silent), Agreement()
-        device = self.target.device
+        device, task = self.target.device, self._task()
         for batch in batches:
-            replay(batch, self.module, self.shape, self._task(), found.to(device), agreement.to(device))
-        self.module.calibration, self.module.agreement = found, agreement
+            if self.sampler != "eagle":
+                replay(batch, self.module, self.shape, task, found.to(device), agreement.to(device))
+            elif not task.any_temperature:
+                reading = read(batch.target, batch.tokens, batch.documents, batch.positions, task.kernel)
+                compare_presets(batch, reading, task, agreement.to(device))
+        if self.sampler != "eagle":  # whose drafts say how sure they are; how far they reach was counted in training
+            self.module.calibration = found
+        self.module.agreement = agreement
         self.ready(self.target)
 
     def take_options(self, other: Self) -> None:
@@ -349,13 +365,15 @@ class Ptp(LearnedDrafter):
         super().take_options(other)
 
     @property
-    def _any_temperature(self) -> bool:
+    def _from_any_text(self) -> bool:
         """Whether windows may start in text of any temperature: slots are told it, or nothing depends on it."""
         return self.any_temperature or (self.sampler == "eagle" and not self.shape.reads)
 
-    def part_for(self, name: str) -> nn.Module | None:
-        """Its own weights, or those of EAGLE-3's network."""
-        return self.module.net if name == "eagle3" and self.module.net is not None else super().part_for(name)
+    def part_for(self, name: str) -> tuple[nn.Module, dict[str, Any]] | None:
+        """Its own weights, or those of EAGLE-3's network, which has the default shape."""
+        if name != "eagle3" or self.module.net is None:
+            return super().part_for(name)
+        return self.module.net, Eagle3(vocabulary=self.vocabulary).shaping()
 
     def _task(self) -> Task:
         recipe = self.recipe
@@ -366,7 +384,7 @@ class Ptp(LearnedDrafter):
             slots=recipe.depths,
             density=self.density,
             preset=self.preset,
-            any_temperature=self._any_temperature,
+            any_temperature=self._from_any_text,
             beta=self.beta,
             inverse=self.inverse,
             loss=recipe.loss,
@@ -400,8 +418,9 @@ class Ptp(LearnedDrafter):
             self._eagle = EagleSampler(self.module.net, self.module.join, target, plan, greedy=self.read == "argmax")
         self._ask()
         device = target.device.type
-        self._most = self.budget or _BUDGET.get(device, _BUDGET["cuda"])
-        self._least = self.min_gain if self.min_gain >= 0 else _MIN_GAIN.get(device, 0.0)
+        budgets, gains = (_BUDGET, _MIN_GAIN) if self._eagle is None else (_EAGLE_BUDGET, {})
+        self._most = self.budget or budgets.get(device, budgets["cuda"])
+        self._least = self.min_gain if self.min_gain >= 0 else gains.get(device, 0.0)
 
     def _calibrate(self) -> None:
         self._trust = self.module.calibration.trust()
@@ -432,7 +451,7 @@ class Ptp(LearnedDrafter):
         """Groups of slots behind the nodes at which the walk may end, best first within the budget."""
         self._plan = None
         target, requests = context.target, context.requests
-        active = [request.speculate and request.depth_limit > 1 for request in requests]
+        active = [r.speculate and r.depth_limit > 1 and self._slots_say_something(r.sampler) for r in requests]
         if not any(active):
             return None
         trees = draft.trees()
@@ -550,6 +569,10 @@ class Ptp(LearnedDrafter):
             race,
         )
 
+    def _slots_say_something(self, sampler: Sampler) -> bool:
+        """Not where EAGLE-3's network can do without them, and they carry numbers that decide nothing."""
+        return self._eagle is None or not self.shape.reads or deciding_dice(sampler, "gumbel") is None
+
     def draws(self, sampler: Sampler) -> bool:
         """Whether slots are read by drawing from their laws with the path's numbers, not by arg-max."""
         return self._draws and not sampler.greedy and deciding_dice(sampler, "gumbel") is None
@@ -631,6 +654,7 @@ class Ptp(LearnedDrafter):
             settings,
             self.preset,
             reads=self.shape.reads,
+            alone=self._eagle is None,
             any_temperature=self.any_temperature,
             agreement=self.module.agreement,
         )

@@ -12,17 +12,18 @@ _NAMES: Final = ("temperature", "top_k", "top_p", "min_p")
 
 
 def mismatch(
-    asked: Settings, preset: Settings, *, reads: bool, any_temperature: bool, agreement: Agreement
+    asked: Settings, preset: Settings, *, reads: bool, alone: bool, any_temperature: bool, agreement: Agreement
 ) -> str | None:
     """A warning, or None where nothing is amiss.
 
-    asked: of a request. preset: of training. reads: whether slots carry numbers. any_temperature: whether they learned
-    from text of all of them.
+    asked: of a request. preset: of training. reads: whether slots carry numbers. alone: whether drafts come from slots
+    alone. any_temperature: whether they learned from text of all of them.
     """
     if asked.noise == "gumbel" and asked.temperature > 0 and reads:
+        cost = "hardly a draft will hit" if alone else "no slots are run, and EAGLE-3's network drafts without them"
         return (
-            "drafter 'ptp' reads numbers of the inverse CDF, and noise='gumbel' decides tokens otherwise: hardly a "
-            "draft will hit (the text is not affected). Use noise='uniform', or another drafter"
+            "drafter 'ptp' reads numbers of the inverse CDF, and noise='gumbel' decides tokens otherwise: "
+            f"{cost} (the text is not affected). Use noise='uniform', or another drafter"
         )
     wanted = {name: getattr(asked, name) for name in _NAMES}
     trained = {name: getattr(preset, name) for name in _NAMES}

@@ -11,9 +11,8 @@ forgotten. Where kernels run, a piece's logits are read a few times in the dtype
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Final
 
 import torch
@@ -126,8 +125,9 @@ def objective(batch: Batch, module: PtpModule, mode: Mode, task: Task) -> Losses
 def joint_objective(batch: Batch, module: PtpModule, mode: Mode, task: Task, recipe: Recipe) -> Losses:
     """EAGLE-3's training-time test at every place of the batch, which hears slots where windows begin.
 
-    Losses and hits are per depth of the network; of rows that hear slots, calibration is counted. `gained`: by how
-    much more often the likeliest token of such rows is the text's than that of the others, over all depths.
+    Losses and hits are per depth of the network. Of rows that hear slots it is counted how far their likeliest tokens
+    reach in the text. `gained`: by how much more often the likeliest token of such rows is the text's than that of the
+    others, over all depths; places where no window may begin are among the others.
     """
     assert module.net is not None
     assert module.join is not None
@@ -137,26 +137,24 @@ def joint_objective(batch: Batch, module: PtpModule, mode: Mode, task: Task, rec
     windows = Windows.sample(places, count, task.slots, mode, generator)
     with torch.autocast(batch.tokens.device.type, enabled=False):
         reading = read(batch.target, batch.tokens, batch.documents, batch.positions, task.kernel)
+        u = torch.zeros(*windows.starts.shape, task.slots, dtype=torch.float64, device=batch.tokens.device)
+        counts = places
         if mode.reads:
-            drawn, counts = teacher_numbers(batch, reading, task, generator)
-            counts &= places
-        else:
-            drawn, counts = torch.zeros(batch.shape, dtype=torch.float64, device=batch.tokens.device), places
-        u = drawn.gather(1, windows.indices(0, batch.shape[1]).flatten(1)).view(*windows.starts.shape, task.slots)
+            drawn, valid = teacher_numbers(batch, reading, task, generator)
+            counts = places & valid
+            u = drawn.gather(1, windows.indices(0, batch.shape[1]).flatten(1)).view_as(u)
         slots = _run_slots(batch, module, task, reading, windows, u).hidden
-    losses = unrolled_losses(
-        module.net, batch, recipe.replace(depths=task.slots), hear=hear_windows(module.join, windows, slots)
-    )
+    losses = unrolled_losses(module.net, batch, recipe, hear=hear_windows(module.join, windows, slots))
     assert losses.hit_map is not None
     alive = windows.lives(batch.documents, counts)
     row = (windows.starts - 1).clamp_min(0) + batch.shape[1] * torch.arange(batch.shape[0], device=alive.device)[
         :, None
     ]
     right = losses.hit_map[:, row].permute(1, 2, 0)  # [B, W, N]
-    module.calibration.count(right.flatten(0, 1).float(), right.flatten(0, 1), alive.flatten(0, 1))
+    module.calibration.count(None, right.flatten(0, 1), alive.flatten(0, 1))
     heard, hits = alive.sum(), (right & alive).sum()
     others = (losses.hits.sum() - hits) / (losses.counts.sum() - heard).clamp_min(1)
-    return dataclasses.replace(losses, extra={"gained": hits / heard.clamp_min(1) - others})
+    return replace(losses, extra={"gained": hits / heard.clamp_min(1) - others})
 
 
 @torch.no_grad()
@@ -182,9 +180,16 @@ def replay(
     where = torch.tensor(visited, device=scores.device)
     calibration.count(scores[where], right[where], tried[where], keep=1.0)
     if not task.any_temperature:
-        states = reading.hidden[0, starts[0] - 1]
-        agreement.count(_wide(_head(batch.target)(states[:: 1 + len(runs) // _SOME])), task.preset)
+        compare_presets(batch, reading, task, agreement)
     return at, len(visited)
+
+
+@torch.no_grad()
+def compare_presets(batch: Batch, reading: Reading, task: Task, agreement: Agreement) -> None:
+    """Count, at some places of an answer, how often a number decides the same token under the preset and otherwise."""
+    starts = (batch.answer & (batch.positions > 0)).nonzero()[:, 1]
+    states = reading.hidden[0, starts - 1]
+    agreement.count(_wide(_head(batch.target)(states[:: 1 + len(starts) // _SOME])), task.preset)
 
 
 def judge(

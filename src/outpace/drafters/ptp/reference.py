@@ -10,6 +10,7 @@ import torch
 from outpace.drafters.ptp.drafter import Ptp
 from outpace.drafters.ptp.rows import read_out
 from outpace.drafters.ptp.sampler import follow
+from outpace.errors import ConfigError
 from outpace.laws import NoiseDice, Sampler
 from outpace.target import Block, BlockCache, Scouts, Target
 
@@ -53,7 +54,12 @@ def two_pass(target: Target, drafter: Ptp, sampler: Sampler, prompt: list[int], 
     """`count` tokens after the prompt, and the rounds they took (Draxler et al. 2025, algorithm 1).
 
     Needs a fitted drafter, uniform noise and a sampler without custom processors (they would run twice).
+
+    Raises:
+        ConfigError: for a drafter behind EAGLE-3's network, whose cache of verified features this knows nothing of.
     """
+    if drafter.sampler == "eagle":
+        raise ConfigError("two_pass drafts from slots, with sampler 'none' or 'chain'; decode 'eagle' with an Engine")
     assert isinstance(sampler.dice, NoiseDice)
     tokens, rounds, longest = list(prompt), 0, len(prompt) + count + 2 * drafter.slots
     numbers = sampler.dice.noise.grid(torch.tensor(sampler.dice.request), torch.arange(longest))

@@ -74,9 +74,9 @@ class ChainedSampler(nn.Module):
         return torch.stack(states, -2)
 
 
-def product(layer: nn.Linear, x: Tensor) -> Tensor:
+def product(layer: Linear, x: Tensor) -> Tensor:
     """A layer in the dtype of what it reads."""
-    return linear(x, layer.weight.to(x.dtype))
+    return linear(x, layer.weight.to(x.dtype), eight=layer.eight if layer.weight.dtype == x.dtype else None)
 
 
 def taught(sampler: ChainedSampler, batch: Batch, reading: Reading, windows: Windows, hidden: Tensor) -> Tensor:
