@@ -8,9 +8,10 @@ import pytest
 import torch
 
 from outpace import Engine
+from outpace.drafters import make_drafter
 from outpace.laws import Tree
 from outpace.target import Block, Target
-from tiny import make_model
+from tiny import learned, make_model
 
 SHAPES = {
     "three query heads a group": {
@@ -88,3 +89,26 @@ def test_strict_makes_batches_equal_too(target):
     engine = Engine(target, "prompt_lookup:min_ngram=1", strict=True, stand_down=False)
     batch = engine.generate(prompts, max_new_tokens=40, temperature=1.0, request=3)
     assert [o.tokens for o in batch] == [o.tokens for o in alone]
+
+
+@pytest.mark.parametrize("spec", ["ptp:mode=mask,rank=4,min_gain=0,budget=64", "lookahead"])
+def test_scouts_stay_among_the_entries_that_plain_decoding_reads(spec, monkeypatch):
+    """Whatever the processor: past a multiple of 128 entries attention takes another kernel, for main rows too."""
+    target = Target(make_model(dtype=torch.bfloat16, max_position_embeddings=512).requires_grad_(False))
+    assert target.row_invariant
+    drafter = learned(target, spec, shaken=True) if spec.startswith("ptp") else make_drafter(spec)
+    passes, run = [], Target.run
+
+    def watch(self, block, cache, **options):
+        scouts = 0 if block.scouts is None else block.scouts.positions.shape[1]
+        passes.append((cache.lengths[0], block.rows, scouts, cache.attended(cache.lengths[0] + 2)))
+        return run(self, block, cache, **options)
+
+    monkeypatch.setattr(Target, "run", watch)
+    engine = Engine(target, drafter, stand_down=False, path="readable")
+    engine.generate([[5, 6, 7, 8] * 20], max_new_tokens=120, ignore_eos=True)
+    engine.close()
+    rounds = [one for one in passes if one[1] >= 2]
+    assert all(length + rows + scouts <= reach for length, rows, scouts, reach in rounds)
+    assert sum(scouts > 0 for *_, scouts, _ in rounds) > len(rounds) / 2
+    assert any(scouts == 0 or length + rows + scouts == reach for length, rows, scouts, reach in rounds), "none was cut"

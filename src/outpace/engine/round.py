@@ -162,9 +162,11 @@ def drafted_trees(context: Context, drafter: Drafter | None, strict_rows: int) -
     for slot, (request, tree) in enumerate(zip(requests, draft.trees(), strict=True)):
         tree.check(context.target.vocabulary, f"drafter {drafter.name!r}")
         depth, nodes = request.depth_limit, strict_rows - 1 if strict_rows else len(tree)
+        request.scout_limit = None
         if context.target.row_invariant and len(requests) == 1 and not strict_rows:
             room = _same_kernels(context.cache, slot)
             depth, nodes = min(depth, room - 2), min(nodes, room - 1)
+            request.scout_limit = room - max(2, 1 + min(len(tree), nodes))
         trees.append(tree.limited(depth).first(nodes))
     return trees
 

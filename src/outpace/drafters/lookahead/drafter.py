@@ -62,7 +62,8 @@ class Lookahead(TokenDrafter):
         windows = [self._windows[r] if r.speculate else None for r in context.requests]
         self._sent = [len(w.cells()) if w is not None else 0 for w in windows]
         size = max(self._sent)
-        if size == 0:
+        if size == 0 or any(r.scout_limit is not None and size > r.scout_limit for r in context.requests):
+            self._sent = [0] * len(windows)
             return None
         main = draft.width + 1
         tokens = torch.zeros(len(windows), size, dtype=torch.int64)

@@ -466,9 +466,10 @@ class Ptp(LearnedDrafter):
         parents = torch.where(draft.valid, draft.parents, -1).cpu()
         ancestors = rows.lineage(parents)
         chances = rows.walk_ends(confidence, parents, ancestors)
-        branch, slot, gain = rows.allocate(chances, self._worths, self._most)
+        limits = [request.scout_limit for request in requests if request.scout_limit is not None]
+        branch, slot, gain = rows.allocate(chances, self._worths, min([self._most, *limits]))
         used = (gain > self._least) & torch.tensor(active)[:, None]
-        count = int(used.sum(1).max())
+        count = int(used.sum(1).max()) if used.shape[1] else 0
         if count == 0:
             return None
         branch, slot, used = branch[:, :count], slot[:, :count], used[:, :count]
