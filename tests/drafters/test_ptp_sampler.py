@@ -375,9 +375,9 @@ def test_numbers_in_slots_and_gumbel_noise_are_warned_about(exact):
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"vocabulary": 30}, "belong to the sampler; pass sampler=chain"),
-        ({"sampler_size": 8}, "belong to the sampler; pass sampler=chain"),
-        ({"bare": 0.5}, "belong to the sampler; pass sampler=chain"),
+        ({"vocabulary": 30}, "belong to a sampler; pass sampler=chain"),
+        ({"sampler_size": 8}, "belong to a sampler; pass sampler=chain"),
+        ({"bare": 0.5}, "belong to a sampler; pass sampler=chain"),
         ({"sampler": "chain", "bare": -1.0}, "bare 0 or more"),
         ({"sampler": "chain", "mode": "categorical", "inverse": True}, "without a sampler"),
     ],
