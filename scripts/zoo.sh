@@ -29,9 +29,8 @@ python3 "$(dirname "$0")/derive_prompts.py" "$out/corpus" "$out/derived/derived.
 write "$out/derived" derived
 
 train() { # name spec units, further options
-  local units=$3
   outpace train smollm2 --drafter "$2" --corpus "$out/corpus" --out "$out/$1" --optimizer adamw --eval-every 0 \
-    --eval-prompts 32 --eval-tokens 96 --rows 16 --minutes "$(python3 -c "print($units * $unit)")" "${@:4}" \
+    --eval-prompts 32 --eval-tokens 96 --rows 16 --minutes "$(python3 -c "print($3 * $unit)")" "${@:4}" \
     > "$out/logs/train-$1.log" 2>&1
   tail -n 1 "$out/logs/train-$1.log"
 }

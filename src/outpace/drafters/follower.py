@@ -155,13 +155,18 @@ class FollowingDrafter(LearnedDrafter):
 
     def propose(self, context: Context) -> Draft:
         """Read what is owed, grow a tree behind it."""
-        self.seats.update(context)
+        width = self.catch_up(context)
         requests = self.seats.requests
-        self.read_owed(context)
-        width = bucket(max(self.cache.lengths[: len(requests)]) + self.shape.scratch)
-        self.cache.reserve(capacity=width)
-        tokens, parents = self.grow(len(requests), width, self._draws(requests))
+        tokens, parents = self.grow(len(requests), width, self.draws(requests))
         return self._pack(context, tokens, parents)
+
+    def catch_up(self, context: Context) -> int:
+        """Seat the requests and read what is owed to them; entries of the cache that a growth may read."""
+        self.seats.update(context)
+        self.read_owed(context)
+        width = bucket(max(self.cache.lengths[: len(self.seats.requests)]) + self.shape.scratch)
+        self.cache.reserve(capacity=width)
+        return width
 
     def read_owed(self, context: Context, *, beyond: int = 0) -> None:
         """Read what is owed to requests that sit, where it is more than `beyond` rows, in passes of static width."""
@@ -263,7 +268,7 @@ class FollowingDrafter(LearnedDrafter):
         for slot, count in zip(slots, counts, strict=True):
             cache.lengths[slot] += count
 
-    def _draws(self, requests: Sequence[RequestContext]) -> Draws | None:
+    def draws(self, requests: Sequence[RequestContext]) -> Draws | None:
         """What decides the positions ahead, where somebody samples."""
         return draws_ahead(requests, self.shape.depth, self.module.head, self.coupling) if self.draw == "path" else None
 

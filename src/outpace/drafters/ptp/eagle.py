@@ -21,16 +21,13 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
-from torch import nn
-from torch.nn import functional as F
 
-from outpace.drafters.ahead import draws_ahead
 from outpace.drafters.eagle import Eagle3
 from outpace.drafters.growth import Plan, born, kept
 from outpace.drafters.layers import RMSNorm
-from outpace.drafters.ptp.sampler import product
-from outpace.drafters.rowcache import bucket
-from outpace.target.skinny import Linear
+from outpace.drafters.ptp.paths import Paths, tree_paths
+from outpace.drafters.ptp.sampler import Gated
+from outpace.laws import Tree
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -43,7 +40,7 @@ if TYPE_CHECKING:
     from outpace.target import Readout, Target
 
 
-class SlotJoin(nn.Module):
+class SlotJoin(Gated):
     """What a slot adds to the network's output of the same depth.
 
     Args:
@@ -51,21 +48,12 @@ class SlotJoin(nn.Module):
     """
 
     def __init__(self, hidden: int, inner: int, eps: float) -> None:
-        super().__init__()
+        super().__init__(2 * hidden, inner, hidden)
         self.slot_norm, self.row_norm = RMSNorm(hidden, eps), RMSNorm(hidden, eps)
-        self.gate_proj = Linear(2 * hidden, inner, bias=False)
-        self.up_proj = Linear(2 * hidden, inner, bias=False)
-        self.down_proj = Linear(inner, hidden, bias=False)
-        for layer in (self.gate_proj, self.up_proj):
-            nn.init.normal_(layer.weight, std=(2 * hidden) ** -0.5)
-        nn.init.zeros_(self.down_proj.weight)
 
     def forward(self, slot: Tensor, row: Tensor) -> Tensor:
         """slot, row: [..., H], of the same token -> [..., H], in the row's dtype, products too."""
-        read = torch.cat([self.slot_norm(slot.to(row.dtype)), self.row_norm(row)], -1)
-        inner = F.silu(product(self.gate_proj, read)) * product(self.up_proj, read)
-        out: Tensor = row + product(self.down_proj, inner)
-        return out
+        return row + self.gated(torch.cat([self.slot_norm(slot.to(row.dtype)), self.row_norm(row)], -1))
 
 
 def hear_windows(join: SlotJoin, windows: Windows, hidden: Tensor) -> Hear:
@@ -74,13 +62,10 @@ def hear_windows(join: SlotJoin, windows: Windows, hidden: Tensor) -> Hear:
     hidden: [B, W * N, H], of slots. The row in front of a window's first token reads that token, and looks ahead from
     there: its step k and slot k predict the same one.
     """
-    batch, count = windows.starts.shape
-    slots = hidden.view(batch, count, windows.slots, -1)
+    slots = hidden.view(*windows.starts.shape, windows.slots, -1)
 
     def hear(y: Tensor, step: int) -> Tensor:
-        flat, length = y.flatten(0, 1), y.shape[1]
-        row = torch.where(windows.real, windows.starts - 1, length - 1)  # no window starts behind the last row
-        row = (row + length * torch.arange(batch, device=row.device)[:, None]).flatten()
+        flat, row = y.flatten(0, 1), windows.fronts(y.shape[1]).flatten()
         here = flat.index_select(0, row)
         joined = torch.where(windows.real.flatten()[:, None], join(slots[:, :, step].flatten(0, 1), here), here)
         return flat.index_copy(0, row, joined.to(flat.dtype)).view_as(y)
@@ -113,22 +98,16 @@ class EagleSampler:
         """Owe each request the rows of its accepted path."""
         self.follower.observe(context, walks, read)
 
-    def paths(
-        self, context: Context, heard: Mapping[RequestContext, Tensor | None]
-    ) -> dict[RequestContext, dict[tuple[int, ...], float]]:
+    def paths(self, context: Context, heard: Mapping[RequestContext, Tensor | None]) -> dict[RequestContext, Paths]:
         """Next drafts: {tokens of a root-to-node path: chance that its last is accepted once the others are}.
 
         heard: [n, H], states of the slots behind a request's last walk, as many as there were, in order.
         """
         follower, plan = self.follower, self.plan
-        follower.seats.update(context)
+        width = follower.catch_up(context)
         seated, cache = follower.seats.requests, follower.cache
-        follower.read_owed(context)
-        width = bucket(max(cache.lengths[: len(seated)]) + plan.scratch)
-        cache.reserve(capacity=width)
-        draws = None if follower.draw == "greedy" else draws_ahead(seated, plan.depth, self.net.head, follower.coupling)
         hear = self._hear([heard.get(request) for request in seated])
-        grown = born(self.net, self.target.embed, cache, plan, len(seated), width, draws, hear)
+        grown = born(self.net, self.target.embed, cache, plan, len(seated), width, follower.draws(seated), hear)
         tokens, parents, values = (part.tolist() for part in kept(*grown, plan.width))
         return {
             request: _paths(tokens[seat], parents[seat], values[seat]) if cache.lengths[seat] else {}
@@ -158,12 +137,8 @@ class EagleSampler:
         return hear
 
 
-def _paths(tokens: list[int], parents: list[int], values: list[float]) -> dict[tuple[int, ...], float]:
-    """Nodes as paths, with what each adds to its parent's log probability."""
-    at: list[tuple[int, ...]] = []
-    found: dict[tuple[int, ...], float] = {}
-    for token, parent, value in zip(tokens, parents, values, strict=True):
-        path = (*at[parent], token) if parent >= 0 else (token,)
-        at.append(path)
-        found[path] = math.exp(min(0.0, value - (values[parent] if parent >= 0 else 0.0)))
-    return found
+def _paths(tokens: list[int], parents: list[int], values: list[float]) -> Paths:
+    """Nodes as paths; values: sums of log probabilities along them."""
+    above = [values[parent] if parent >= 0 else 0.0 for parent in parents]
+    paths = tree_paths(Tree(tokens, parents))
+    return {path: math.exp(min(0.0, value - up)) for path, value, up in zip(paths, values, above, strict=True)}

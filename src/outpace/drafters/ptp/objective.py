@@ -147,10 +147,7 @@ def joint_objective(batch: Batch, module: PtpModule, mode: Mode, task: Task, rec
     losses = unrolled_losses(module.net, batch, recipe, hear=hear_windows(module.join, windows, slots))
     assert losses.hit_map is not None
     alive = windows.lives(batch.documents, counts)
-    row = (windows.starts - 1).clamp_min(0) + batch.shape[1] * torch.arange(batch.shape[0], device=alive.device)[
-        :, None
-    ]
-    right = losses.hit_map[:, row].permute(1, 2, 0)  # [B, W, N]
+    right = losses.hit_map[:, windows.fronts(batch.shape[1])].permute(1, 2, 0)  # [B, W, N]
     module.calibration.count(None, right.flatten(0, 1), alive.flatten(0, 1))
     heard, hits = alive.sum(), (right & alive).sum()
     others = (losses.hits.sum() - hits) / (losses.counts.sum() - heard).clamp_min(1)

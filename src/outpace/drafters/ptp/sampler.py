@@ -39,7 +39,28 @@ if TYPE_CHECKING:
 SamplerName = Literal["none", "chain", "eagle"]
 
 
-class ChainedSampler(nn.Module):
+class Gated(nn.Module):
+    """A gated layer that is zero at the start, in the dtype of what it reads, whatever its weights have.
+
+    Args:
+        read: numbers it reads. inner: units between. hidden: numbers it gives.
+    """
+
+    def __init__(self, read: int, inner: int, hidden: int) -> None:
+        super().__init__()
+        self.gate_proj = Linear(read, inner, bias=False)
+        self.up_proj = Linear(read, inner, bias=False)
+        self.down_proj = Linear(inner, hidden, bias=False)
+        for layer in (self.gate_proj, self.up_proj):
+            nn.init.normal_(layer.weight, std=read**-0.5)
+        nn.init.zeros_(self.down_proj.weight)
+
+    def gated(self, read: Tensor) -> Tensor:
+        """[..., read] -> [..., hidden]."""
+        return _product(self.down_proj, F.silu(_product(self.gate_proj, read)) * _product(self.up_proj, read))
+
+
+class ChainedSampler(Gated):
     """One step of the chain, and the whole chain where all tokens before are known.
 
     Args:
@@ -47,14 +68,8 @@ class ChainedSampler(nn.Module):
     """
 
     def __init__(self, hidden: int, inner: int, eps: float) -> None:
-        super().__init__()
+        super().__init__(3 * hidden, inner, hidden)
         self.slot_norm, self.token_norm, self.state_norm = (RMSNorm(hidden, eps) for _ in range(3))
-        self.gate_proj = Linear(3 * hidden, inner, bias=False)
-        self.up_proj = Linear(3 * hidden, inner, bias=False)
-        self.down_proj = Linear(inner, hidden, bias=False)
-        for layer in (self.gate_proj, self.up_proj):
-            nn.init.normal_(layer.weight, std=(3 * hidden) ** -0.5)
-        nn.init.zeros_(self.down_proj.weight)
 
     def forward(self, slot: Tensor, token: Tensor, state: Tensor) -> Tensor:
         """What the head reads: slot, token (its embedding) and state before, [..., H] each -> [..., H].
@@ -62,8 +77,7 @@ class ChainedSampler(nn.Module):
         In the slot's dtype, products too, whatever the weights have.
         """
         read = torch.cat([self.slot_norm(slot), self.token_norm(token), self.state_norm(state)], -1)
-        inner = F.silu(product(self.gate_proj, read)) * product(self.up_proj, read)
-        return slot + product(self.down_proj, inner)
+        return slot + self.gated(read)
 
     def chain(self, slots: Tensor, tokens: Tensor, state: Tensor) -> Tensor:
         """All steps: slots and embeddings of the tokens before them [..., N, H], the first state [..., H]."""
@@ -74,7 +88,7 @@ class ChainedSampler(nn.Module):
         return torch.stack(states, -2)
 
 
-def product(layer: Linear, x: Tensor) -> Tensor:
+def _product(layer: Linear, x: Tensor) -> Tensor:
     """A layer in the dtype of what it reads."""
     return linear(x, layer.weight.to(x.dtype), eight=layer.eight if layer.weight.dtype == x.dtype else None)
 

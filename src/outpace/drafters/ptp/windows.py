@@ -49,6 +49,14 @@ class Windows:
         ahead = torch.arange(self.slots, device=self.starts.device) + shift
         return (self.starts[..., None] + ahead).clamp(0, longest - 1)
 
+    def fronts(self, length: int) -> Tensor:
+        """[B, W] the row in front of each window, numbered through a batch of rows of `length` tokens.
+
+        The last row where there is no real window: none begins behind it.
+        """
+        row = torch.where(self.real, self.starts - 1, length - 1)
+        return row + length * torch.arange(row.shape[0], device=row.device)[:, None]
+
     def positions(self, positions: Tensor) -> Tensor:
         """[B, W * N] position ids of the slots; positions: [B, T], of the real rows."""
         ahead = torch.arange(self.slots, device=positions.device) + self.mode.lead - 1
