@@ -415,6 +415,68 @@ class TestInterruption:
         assert longer.identity() == config.identity()  # a larger budget goes on with the same file
 
 
+class TestParts:
+    CONFIG = changed(temperatures=[0.0, 1.0], repetitions=1)
+
+    def measured(self, play, suite, clock, tmp_path, part, **changes):
+        path = tmp_path / f"{part[0]}.jsonl"
+        config = replace(self.CONFIG, part=part, **changes)
+        play(self.methods(clock), config, suite, clock, Ledger(path))
+        return path
+
+    def methods(self, clock):
+        return [Scripted(PLAIN, clock), Scripted("fast", clock, ms=lambda r: 5.0 + r)]
+
+    def test_joined_they_are_the_whole_run(self, play, suite, clock, tmp_path):
+        whole = play(self.methods(clock), self.CONFIG, suite, clock)
+        paths = [self.measured(play, suite, clock, tmp_path, (k, 3)) for k in (1, 2, 3)]
+        joined = derive(Ledger.joined(paths))
+        for mine, theirs in zip(joined["cells"], whole["cells"], strict=True):
+            assert mine["temperature"] == theirs["temperature"]
+            for one, other in zip(mine["methods"], theirs["methods"], strict=True):
+                for figure in ("trials", "tokens_per_s", "emitted_per_round", "round_ms", "speedup_of_totals"):
+                    assert one[figure] == pytest.approx(other[figure])
+                assert one["headline"]["ratio"] == pytest.approx(other["headline"]["ratio"])
+                assert one["parity"] == other["parity"]
+        assert joined["coverage"]["complete"]
+        assert joined["coverage"]["questions"] == 6
+        assert joined["coverage"]["planned_blocks"] == joined["coverage"]["blocks"] == 12
+        assert "complete; 3 of 3 parts" in joined["coverage"]["words"]
+        some = derive(Ledger.joined(paths[:2]))["coverage"]
+        alone = derive(Ledger(paths[0]))["coverage"]
+        assert not some["complete"]
+        assert "all of it measured; 2 of 3 parts" in some["words"]
+        assert "1 of 3 parts" in alone["words"]
+
+    @pytest.mark.parametrize("parts", [2, 3, 4])
+    def test_every_part_has_questions_of_every_task_at_every_temperature(self, write_suite, parts):
+        suite = write_suite({task: [[f"{task}{i}"] for i in range(8)] for task in "abcd"})
+        blocks = [plan(replace(self.CONFIG, part=(k + 1, parts)), suite) for k in range(parts)]
+        assert len({(b.cell, b.unit) for one in blocks for b in one}) == sum(map(len, blocks)) == 64
+        for one in blocks:
+            assert {(b.cell.temperature, b.unit[0].task) for b in one} == {(t, k) for t in (0.0, 1.0) for k in "abcd"}
+
+    def test_a_part_that_was_stopped_is_said(self, play, suite, clock, tmp_path):
+        paths = [
+            self.measured(play, suite, clock, tmp_path, (1, 2)),
+            self.measured(play, suite, clock, tmp_path, (2, 2), budget_s=0.3),
+        ]
+        found = derive(Ledger.joined(paths))["coverage"]
+        assert "stopped by the time budget after" in found["words"]
+        assert found["words"].endswith("2 of 2 parts, each a process of its own, which may have run side by side")
+
+    def test_what_is_no_part_is_refused(self, play, suite, clock, tmp_path):
+        one = self.measured(play, suite, clock, tmp_path, (1, 2))
+        with pytest.raises(ResultError, match="pass each part of a run once"):
+            Ledger.joined([one, one])
+        other = self.measured(play, suite, clock, tmp_path, (2, 3))
+        with pytest.raises(ResultError, match=r"how many parts there are \(3 there, 2 in the first\)"):
+            Ledger.joined([one, other])
+        longer = self.measured(play, suite, clock, tmp_path, (3, 3), max_new_tokens=12)
+        with pytest.raises(ResultError, match=r"is no part of the run .* max_new_tokens \(12 there, 10 now\)"):
+            Ledger.joined([other, longer])
+
+
 class TestWatchdog:
     def test_a_block_in_time_is_left_alone(self):
         with deadline(5.0):
@@ -493,6 +555,8 @@ class TestConfig:
             ({"repetitions": 0}, "repetitions must be at least 1"),
             ({"share": 0.0}, r"share must be in \(0, 1\]"),
             ({"budget_s": 0}, "budget_s must be above 0"),
+            ({"part": (3, 2)}, r"part must be \(k, n\)"),
+            ({"part": (1, 2), "compat": "spec-bench"}, "counts a whole run"),
             ({"state": "warmish"}, "did you mean 'warm'"),
             ({"modes": ["fixd"]}, "did you mean 'fixed'"),
             ({"template": "vicunia"}, "did you mean 'vicuna'"),

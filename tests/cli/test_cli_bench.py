@@ -166,6 +166,20 @@ def test_compare_and_report(outpace, model_dir, questions, tmp_path):
     assert outpace("bench", "report", tmp_path / "none.jsonl", "--out", tmp_path / "x.html").exit_code == 1
 
 
+def test_parts_become_one_report(outpace, model_dir, questions, tmp_path):
+    parts = [tmp_path / f"{k}.jsonl" for k in (1, 2)]
+    for k, part in enumerate(parts, start=1):
+        options = ["-d", "suffix", "--suite", questions, "--part", f"{k}/2", "--out", part.with_suffix(".json")]
+        assert outpace("bench", model_dir, *options, *SMALL).exit_code == 0
+    assert outpace("bench", "report", *parts, "--out", tmp_path / "whole.json").exit_code == 0
+    coverage = json.loads((tmp_path / "whole.json").read_text())["coverage"]
+    assert coverage["complete"]
+    assert coverage["questions"] == coverage["questions_of_suite"]
+    mixed = outpace("bench", "report", parts[0], tmp_path / "whole.json", "--out", tmp_path / "x.json")
+    assert mixed.exit_code == 1
+    assert "joined from their .jsonl files" in mixed.stderr
+
+
 def test_every_setting_has_a_flag():
     flags = set(inspect.signature(run).parameters)
     settings = {field.name for field in dataclasses.fields(BenchConfig)} - {"max_failures", "bootstrap"}

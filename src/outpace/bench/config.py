@@ -16,7 +16,7 @@ Template = Literal["chat", "vicuna", "none"]
 Turns = Literal["plain", "own"]
 
 STOCK: Final = ("transformers", "transformers:prompt_lookup_num_tokens=10")
-_WITHOUT_EFFECT_ON_TRIALS: Final = ("budget_s", "replays", "bootstrap", "limit_s", "max_failures")
+_WITHOUT_EFFECT_ON_TRIALS: Final = ("budget_s", "replays", "bootstrap", "limit_s", "max_failures", "part")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,6 +46,8 @@ class BenchConfig:
         per_task: at most so many questions of each task. share: that share of each task. Drawn by seed.
         budget_s: stop before a block of trials that would not end within so many seconds of warm-up and measuring.
             Prompts come in a stratified order, so what was run is a stratified subsample.
+        part: (k, n): of the questions only every n-th, from the k-th on. The parts of a run may be measured in several
+            processes or on machines alike, each with a ledger of its own; `joined` makes one result of them.
         limit_s: cut a trial after so many seconds; None: ten times what plain decoding needs, at least 20 s.
         max_failures: after so many crashes or cuts a method is left out.
         warm_up_runs: most warm-up runs per method and prompt length; None: 1 on CPU, 5 elsewhere.
@@ -76,6 +78,7 @@ class BenchConfig:
     per_task: int | None = None
     share: float = 1.0
     budget_s: float | None = None
+    part: tuple[int, int] = (1, 1)
     limit_s: float | None = None
     max_failures: int = 3
     warm_up_runs: int | None = None
@@ -101,6 +104,8 @@ class BenchConfig:
         need(0 < self.share <= 1, "share", "in (0, 1]")
         need(self.per_task is None or self.per_task >= 1, "per_task", "at least 1 (or None for all)")
         need(self.budget_s is None or self.budget_s > 0, "budget_s", "above 0 seconds (or None)")
+        need(len(self.part) == 2 and 1 <= self.part[0] <= self.part[1], "part", "(k, n) with 1 <= k <= n")
+        need(self.part[1] == 1 or self.compat is None, "part", "(1, 1) with compat, which counts a whole run")
         need(self.limit_s is None or self.limit_s > 0, "limit_s", "above 0 seconds (or None)")
         need(self.max_failures >= 1, "max_failures", "at least 1")
         need(self.warm_up_runs is None or self.warm_up_runs >= 0, "warm_up_runs", "0 or more (or None)")

@@ -58,9 +58,14 @@ def _coverage(ledger: Ledger) -> dict[str, Any]:
         "interrupted": f"interrupted after {len(blocks)} of {stop['blocks'] or '?'} blocks",
         "no baseline": "stopped because plain decoding itself failed",
     }
+    said, parts = words[stop["reason"]], ledger.parts
+    complete = stop["reason"] == "done" and parts[0] == parts[1]
+    if parts[1] > 1:
+        whole = f"{parts[0]} of {parts[1]} parts, each a process of its own, which may have run side by side"
+        said = f"{said if complete or stop['reason'] != 'done' else 'all of it measured'}; {whole}"
     return {
-        "complete": stop["reason"] == "done",
-        "words": words[stop["reason"]],
+        "complete": complete,
+        "words": said,
         "questions": len(questions),
         "questions_of_suite": sum(counts.values()),
         "blocks": len(blocks),

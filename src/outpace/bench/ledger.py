@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -44,8 +44,40 @@ class Ledger:
         self.prompts: dict[str, list[int]] = {}
         self.findings: dict[str, dict[str, Any]] = {}
         self.notes: dict[str, Any] = {}
+        self._found_parts = 1
         if self.path is not None and self.path.exists():
             self._read(self.path)
+
+    @classmethod
+    def joined(cls, paths: Sequence[str | os.PathLike[str]]) -> Ledger:
+        """What the parts of one run hold (see `BenchConfig.part`), in memory; what was said once is the first one's.
+
+        Raises:
+            ResultError: if one is no ledger, belongs to another run, or holds a trial that another one holds too.
+        """
+        parts = [cls(path) for path in paths]
+        whole = cls()
+        whole.header, whole.notes = parts[0].header, dict(parts[0].notes)
+        for path, part in zip(paths, parts, strict=True):
+            different = _differences(part.header, whole.header)
+            if part.parts[1] != parts[0].parts[1]:
+                different = f"how many parts there are ({part.parts[1]} there, {parts[0].parts[1]} in the first)"
+            if different:
+                raise ResultError(
+                    f"{str(path)!r} is no part of the run that {str(paths[0])!r} belongs to; it differs in {different}"
+                )
+            for record in part.records:
+                if record.key in whole._by_key:
+                    raise ResultError(
+                        f"{str(path)!r} holds {record.method} on {record.prompt}, and so does another part; pass each "
+                        "part of a run once"
+                    )
+                whole._index(record)
+            whole.prompts.update(part.prompts)
+            whole.findings.update(part.findings)
+        whole._found_parts = len(parts)
+        whole.notes["stop"] = _stopped([part.notes.get("stop") for part in parts])
+        return whole
 
     def begin(self, header: Mapping[str, Any]) -> bool:
         """Start a run, or go on with the one in the file; returns whether it was there already.
@@ -107,6 +139,11 @@ class Ledger:
         """Seconds of measuring in the file."""
         return max((record.at_s for record in self.records), default=0.0)
 
+    @property
+    def parts(self) -> tuple[int, int]:
+        """How many parts of the run are in here, and of how many."""
+        return self._found_parts, self.header["config"].get("part", (1, 1))[1]
+
     def _append(self, line: Mapping[str, Any]) -> None:
         if self.path is None:
             return
@@ -161,17 +198,31 @@ class Ledger:
             raise ValueError(f"unknown kind {kind!r}")
 
     def _must_match(self, line: Mapping[str, Any]) -> None:
-        different = []
-        for part in ("identity", "suite", "target", "machine"):
-            for name, value in line[part].items():
-                found = self.header[part].get(name)
-                if found != value:
-                    different.append(f"{name} ({_short(found)} there, {_short(value)} now)")
+        different = _differences(self.header, line)
         if different:
             raise ResultError(
-                f"{str(self.path)!r} holds another run; it differs in {', '.join(different)}. Pass another --out, or "
+                f"{str(self.path)!r} holds another run; it differs in {different}. Pass another --out, or "
                 "--fresh to start anew (the old file is kept under another name)"
             )
+
+
+def _differences(there: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    """What makes two headers those of different runs, in words; empty if nothing does."""
+    return ", ".join(
+        f"{name} ({_short(there[part].get(name))} there, {_short(value)} now)"
+        for part in ("identity", "suite", "target", "machine")
+        for name, value in now[part].items()
+        if there[part].get(name) != value
+    )
+
+
+def _stopped(stops: Sequence[Mapping[str, Any] | None]) -> dict[str, Any]:
+    """How parts ended, as one: by the worst reason of any, with all of their blocks and seconds."""
+    ended = [stop or {"reason": "interrupted"} for stop in stops]
+    reasons = {stop["reason"] for stop in ended}
+    worst = next(reason for reason in ("no baseline", "interrupted", "budget", "done") if reason in reasons)
+    sums = {name: sum(stop.get(name, 0) for stop in ended) for name in ("blocks", "seconds", "block_seconds")}
+    return {"reason": worst, **sums}
 
 
 def _short(value: Any) -> str:

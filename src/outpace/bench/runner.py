@@ -46,6 +46,19 @@ class Block:
     unit: tuple[Question, ...]
 
 
+def _part(units: Sequence[tuple[Question, ...]], part: int, parts: int) -> list[tuple[Question, ...]]:
+    """Those of one part: every task's are dealt out in turns, each task beginning with another part."""
+    dealt: dict[str, int] = {}
+    found = []
+    for unit in units:
+        task = unit[0].task
+        turn = dealt.setdefault(task, len(dealt))
+        dealt[task] = turn + 1
+        if turn % parts == part - 1:
+            found.append(unit)
+    return found
+
+
 @dataclass(slots=True)
 class Watch:
     """Who wants to know how it goes: called between trials, never inside."""
@@ -55,7 +68,7 @@ class Watch:
 
 
 def plan(config: BenchConfig, suite: Suite) -> list[Block]:
-    """All blocks, in order.
+    """All blocks of the config's part, in order.
 
     Raises:
         ConfigError: if a batch size cannot be filled.
@@ -68,7 +81,7 @@ def plan(config: BenchConfig, suite: Suite) -> list[Block]:
         for mode in config.modes
     ]
     for index, cell in enumerate(cells):
-        units = stratified_units(suite, cell.batch, config.seed)
+        units = _part(stratified_units(suite, cell.batch, config.seed), *config.part)
         for repetition in range(config.repetitions):
             placed += [
                 (repetition, (i + 0.5) / len(units), index, Block(cell, repetition, unit))

@@ -93,6 +93,9 @@ def run(
     budget_s: Annotated[
         float | None, typer.Option(help="Stop measuring after so many seconds, at a stratified subsample.")
     ] = None,
+    part: Annotated[
+        str, typer.Option(metavar="K/N", help="Only every N-th question, from the K-th; `bench report` joins parts.")
+    ] = "1/1",
     limit_s: Annotated[float | None, typer.Option(help="Cut a trial after so many seconds.")] = None,
     state: Annotated[str, typer.Option(help="cold: drafters forget between prompts. warm: they learn.")] = "cold",
     template: Annotated[str | None, typer.Option(help="chat (the model's own), vicuna, or none.")] = None,
@@ -143,6 +146,7 @@ def run(
         "noise": noise,
         "tasks": tuple(filter(None, (task.strip() for task in tasks.split(",")))),
         "share": share,
+        "part": _numbers(part.replace("/", ","), int, "--part"),
         "limit_s": limit_s,
         "state": state,
         "compat": compat,
@@ -313,19 +317,30 @@ def compare(
 
 @bench.command()
 def report(
-    result: Annotated[Path, typer.Argument(metavar="RESULT", help="The .json or .jsonl of a run, finished or not.")],
+    results: Annotated[
+        list[Path],
+        typer.Argument(
+            metavar="RESULT", help="The .json or .jsonl of a run, finished or not, or all .jsonl of its parts."
+        ),
+    ],
     out: Annotated[Path, typer.Option(help="Where to write it: .html, .md or .json.")],
     debug: Debug = False,
 ) -> None:
-    """Write a run's report again, from its files and without its model."""
+    """Write a run's report again, from its files and without its model; of several parts, one report."""
     from outpace.bench import Ledger, derive
     from outpace.bench.report import load_result, write_report
     from outpace.errors import ResultError
 
-    if result.suffix == ".jsonl":
-        if not result.is_file():
-            raise ResultError(f"no file {str(result)!r}; pass the .jsonl or .json that a run has written")
-        found = derive(Ledger(result))
+    ledgers = [result for result in results if result.suffix == ".jsonl"]
+    missing = next((ledger for ledger in ledgers if not ledger.is_file()), None)
+    if missing is not None:
+        raise ResultError(f"no file {str(missing)!r}; pass the .jsonl or .json that a run has written")
+    if len(results) > 1 and len(ledgers) < len(results):
+        raise ResultError(f"parts of a run are joined from their .jsonl files; got {', '.join(map(str, results))}")
+    if len(results) > 1:
+        found = derive(Ledger.joined(results))
+    elif ledgers:
+        found = derive(Ledger(results[0]))
     else:
-        found = load_result(result)
+        found = load_result(results[0])
     tell(f"written: {', '.join(str(file) for file in write_report(found, out))}")
