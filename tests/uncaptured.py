@@ -78,11 +78,12 @@ def plain_attention(query, keys, values, *, lengths, slots, bits, scaling, span=
 class PlainForward:
     """`Forward` of a Llama-type model, in torch."""
 
-    def __init__(self, plan, embed):
+    def __init__(self, plan, embed, names):
         self.plan = plan
         self.embed = embed
+        self.names = names
 
-    def __call__(self, inputs, cache, *, splits, layer_ids, taps=(), **_):
+    def __call__(self, inputs, cache, *, splits, layer_ids, taps=(), adapter=None, **_):
         del splits
         plan, found = self.plan, {}
         batch, rows = inputs.batch, inputs.rows
@@ -90,14 +91,25 @@ class PlainForward:
         cos, sin = (t[inputs.positions].view(batch, rows, 1, -1) for t in plan.rotary["full_attention"])
         entry = inputs.lengths[:, None] + torch.arange(rows)
         hidden = self.embed(inputs.tokens)
+        if inputs.embeds is not None:
+            hidden = torch.cat([hidden, inputs.embeds], 1)
+
+        def product(x, weight, joined):
+            out, at = x @ weight.T, 0
+            for name, width in joined:
+                if adapter is not None:
+                    adapter.add(name, x, out[..., at : at + width], inputs.main)
+                at += width
+            return out
 
         def norm(x, gamma):
             return torch.nn.functional.rms_norm(x, gamma.shape, gamma, plan.eps)
 
         for layer in layer_ids:
-            one = plan.layers[layer]
+            one, names = plan.layers[layer], self.names[layer]
             found[f"in:{layer}"] = hidden
-            joined = (norm(hidden, one.norm_attention) @ one.qkv.weight.T).view(batch, rows, -1, size)
+            joined = product(norm(hidden, one.norm_attention), one.qkv.weight, names["qkv"])
+            joined = joined.view(batch, rows, -1, size)
             first, second = joined[:, :, : heads + key_heads].chunk(2, -1)
             turned = torch.cat([first * cos - second * sin, second * cos + first * sin], -1)
             for tensor, new in zip(
@@ -108,12 +120,12 @@ class PlainForward:
             out = plain_attention(
                 query, *cache[layer], lengths=inputs.lengths, slots=inputs.slots, bits=inputs.bits, scaling=plan.scaling
             )
-            hidden = hidden + out.view(batch, rows, -1) @ one.out.weight.T
-            gate, up = (norm(hidden, one.norm_mlp) @ one.gate_up.weight.T).chunk(2, -1)
-            hidden = hidden + (torch.nn.functional.silu(gate) * up) @ one.down.weight.T
+            hidden = hidden + product(out.view(batch, rows, -1), one.out.weight, names["out"])
+            gate, up = product(norm(hidden, one.norm_mlp), one.gate_up.weight, names["gate_up"]).chunk(2, -1)
+            hidden = hidden + product(torch.nn.functional.silu(gate) * up, one.down.weight, names["down"])
         found["pre_norm"] = hidden
         found["post_norm"] = norm(hidden, plan.norm)
-        logits = found["post_norm"] @ plan.head.weight.T
+        logits = found["post_norm"][:, : inputs.main].contiguous() @ plan.head.weight.T
         return Outputs(logits, None, {name: found[name].clone() for name in taps})
 
 
@@ -125,7 +137,7 @@ class Uncaptured(FastPass):
         self.names = joined_names(target)
         self.capture = Capture()
         self.positions_limit = next(iter(self.plan.rotary.values()))[0].shape[0]
-        self._forward = PlainForward(self.plan, target.model.get_input_embeddings())
+        self._forward = PlainForward(self.plan, target.model.get_input_embeddings(), self.names)
         self._inputs = {}
         self._graphs = WeakKeyDictionary()
 

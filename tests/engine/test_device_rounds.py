@@ -13,6 +13,7 @@ from outpace.drafters.device.following import FollowingDraft
 from outpace.drafters.eagle import Eagle, Eagle2, Eagle3
 from outpace.drafters.medusa import Medusa
 from outpace.drafters.mtp import MTP, MTPHeads
+from outpace.drafters.ptp import Ptp
 from outpace.engine import engine as engine_module
 from outpace.engine.device import rounds as rounds_module
 from spies import paths_laid, served_each, submit_all, trees_proposed
@@ -27,6 +28,10 @@ MAKERS = {
     "mtp": lambda: MTP(draft_len=3, branches=2, nodes=6, vocabulary=0),
     "mtp_heads": lambda: MTPHeads(heads=2, nodes=5, vocabulary=30),
     "medusa": lambda: Medusa(heads=2, nodes=5, vocabulary=30),
+    "ptp": lambda: Ptp(mode="mask", sampler="eagle", slots=3, rank=4, branches=2, nodes=6, budget=7, vocabulary=30),
+    "ptp reads": lambda: Ptp(
+        mode="categorical", sampler="eagle", slots=4, rank=4, branches=2, nodes=5, budget=9, any_temperature=True
+    ),
 }  # fmt: skip
 
 
@@ -52,22 +57,29 @@ def device_trees(engine):
     lay = rounds_module.lay
 
     def spy(tokens, parents, depth, room, vocabulary, inputs):
-        lay(tokens, parents, depth, room, vocabulary, inputs)
+        rows = lay(tokens, parents, depth, room, vocabulary, inputs)
         for b, request in enumerate(engine._context.requests):
             found[request.sampler.dice.request, int(inputs.lengths[b]) + 1] = paths_laid(inputs, b)
+        return rows
 
     return found, spy
 
 
 @pytest.mark.parametrize(
     ("name", "temperature", "fuses"),
-    [*((name, heat, False) for name in MAKERS for heat in (0.0, 0.8)), ("eagle3", 0.8, True), ("mtp", 0.0, True)],
+    [
+        *((name, heat, False) for name in MAKERS for heat in (0.0, 0.8)),
+        ("eagle3", 0.8, True),
+        ("mtp", 0.0, True),
+        ("ptp", 0.8, True),
+    ],
 )
 def test_the_text_is_that_of_plain_decoding_and_the_drafts_are_those_of_propose(name, temperature, fuses, monkeypatch):
     if not fuses:
         monkeypatch.setattr(fused, "device_draft", FollowingDraft)
     target = uncaptured_target(monkeypatch)
     options = {"max_new_tokens": 10, "temperature": temperature, "seed": 5, "ignore_eos": True}
+    options["noise"] = "uniform" if name == "ptp reads" else "gumbel"
     prompts = [PROMPTS[0], PROMPTS[3]]
     wanted = Engine(target, path="readable").generate(prompts, **options)
     drafter = awake(MAKERS[name](), target)
@@ -90,7 +102,7 @@ def test_the_text_is_that_of_plain_decoding_and_the_drafts_are_those_of_propose(
 
 
 @pytest.mark.usefixtures("_unfused")
-@pytest.mark.parametrize("name", ["eagle3", "medusa"])
+@pytest.mark.parametrize("name", ["eagle3", "medusa", "ptp"])
 def test_requests_join_leave_and_stand_down(name, monkeypatch):
     """Seats move, rounds launched ahead are thrown away, drafts pause: what is owed is never lost nor read twice."""
     target = uncaptured_target(monkeypatch)

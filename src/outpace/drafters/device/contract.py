@@ -1,10 +1,11 @@
 """What a drafter does in rounds that stay on the device: one piece of work to capture, one to gather what is owed.
 
     draft graph   draft(...)  -> tokens, parents      the engine lays them into the pass's rows
+                  place(...)                          scouts behind them, for a drafter that has some
     pass graph    the target, with taps
     walk graph    collect(...)                        behind choosing, walking and committing
 
-Both pieces launch kernels on tensors that keep their place and never wait for the device, so that the engine may launch
+All pieces launch kernels on tensors that keep their place and never wait for the device, so that the engine may launch
 a round before the host has read the last one. The host's side of the drafter learns of it through four verbs: `join`
 (these requests, in this order), `launched`, `settle` (a round has been read), `leave` (the host takes over again).
 
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
     from outpace.drafters.base import Context
     from outpace.drafters.growth import Draws
     from outpace.drafters.heads import DraftHead
+    from outpace.target import GatedLoRA
+    from outpace.target.fast.forward import Inputs
 
 
 class DraftKey(NamedTuple):
@@ -44,12 +47,17 @@ class DeviceDraft(ABC):
     Attributes:
         depth: deepest token of a draft. nodes: nodes of every draft, the same in all rounds.
         coupling: see `growth.Draws`; None where the path's numbers are not looked at. head: whose ids they are for.
+        scouts: rows added to every request of a pass. adapter: that of these rows. reads: how many of the path's
+            numbers ahead `place` is to be given.
     """
 
     depth: int
     nodes: int
     coupling: float | None
     head: DraftHead
+    scouts: int = 0
+    adapter: GatedLoRA | None = None
+    reads: int = 0
 
     @abstractmethod
     def join(self, context: Context, batch: int) -> None:
@@ -69,13 +77,22 @@ class DeviceDraft(ABC):
         A token of -1 is no node. Captured; `warm`: called to warm up, and has to leave no traces.
         """
 
+    def place(  # noqa: B027  # most drafters have no scouts
+        self, inputs: Inputs, rows: Tensor, heat: Tensor, numbers: Tensor | None
+    ) -> None:
+        """Write the scouts of a pass: their positions, whom they see, their embeddings. Captured, behind `draft`.
+
+        inputs: of the pass, the draft's nodes in its main rows, node v of request b in row rows[b, v]. heat: [batch]
+        float32, temperatures. numbers: [batch, reads] float32, the path's, from the one behind the root's on.
+        """
+
     @abstractmethod
     def collect(
         self, taps: Mapping[str, Tensor], path: Tensor, emitted: Tensor, counts: Tensor, *, warm: bool = False
     ) -> None:
         """Keep what the next draft reads of a round. Captured, behind the walk; `warm` as above.
 
-        taps: of the pass, [batch, R, H] each; path: [batch, R] int64, accepted rows, the root first; emitted:
+        taps: of the pass, [batch, R + scouts, H] each; path: [batch, R] int64, accepted rows, the root first; emitted:
         [batch, R] int64, the tokens behind them (-1: there was no law); counts: [batch] int64, how many.
         """
 

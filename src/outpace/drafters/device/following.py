@@ -8,13 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 from weakref import WeakKeyDictionary
 
 import torch
 
 from outpace.drafters.device.contract import DeviceDraft, DraftKey
-from outpace.drafters.growth import Draws, extend
+from outpace.drafters.growth import Draws, Plan, born, extend, kept
 from outpace.target.fast.graphs import bucket, padded_batch, padded_rows
 
 if TYPE_CHECKING:
@@ -23,6 +23,18 @@ if TYPE_CHECKING:
     from outpace.drafters.base import Context, RequestContext
     from outpace.drafters.follower import FollowingDrafter, Rows
     from outpace.target.fast.graphs import Captured, FastPass
+    from outpace.target.fast.linear import Scaled
+
+
+class Ear(Protocol):
+    """How outputs of the network hear something else before their children are chosen (`growth.Hear`)."""
+
+    def __call__(self, y: Tensor, depth: int) -> Tensor:
+        """Outputs [B, F, H] of a depth, the root's being 1."""
+
+    def fused(self, y: Tensor, depth: int, gamma: Tensor | None) -> tuple[Tensor, Scaled | None]:
+        """The same for rows [B * F, H], by kernels; and scaled for the norm `gamma` in front of the head."""
+
 
 _AT_ONCE = 1024  # tokens to come that the cache is made for when a request joins
 
@@ -197,12 +209,28 @@ class FollowingDraft(DeviceDraft):
 
     def draft(self, key: DraftKey, batch: int, draws: Draws | None, *, warm: bool = False) -> tuple[Tensor, Tensor]:
         """See `DeviceDraft`."""
-        drafter, owed = self.drafter, self.owed(batch)
-        counts = torch.zeros_like(owed.counts) if warm else owed.counts
-        extend(drafter.module, drafter.target.embed, drafter.cache, owed.features, owed.tokens, counts, key.reach)
+        drafter = self.drafter
+        self.read_left(key, batch, warm=warm)
         tokens, parents = drafter.grow(batch, key.reach, draws)
         nothing = drafter.cache.at[:batch, None] == 0  # no row to draft behind
         return tokens.masked_fill(nothing, -1), parents
+
+    def draft_hearing(
+        self, key: DraftKey, batch: int, draws: Draws | None, ear: Ear, *, warm: bool = False
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """`draft` of a tree found while drafting, whose outputs hear something; and its values [batch, nodes]."""
+        drafter, plan = self.drafter, self.drafter.shape
+        assert isinstance(plan, Plan)
+        self.read_left(key, batch, warm=warm)
+        grown = born(drafter.module, drafter.target.embed, drafter.cache, plan, batch, key.reach, draws, ear)
+        tokens, parents, values = kept(*grown, plan.width)
+        return tokens.masked_fill(drafter.cache.at[:batch, None] == 0, -1), parents, values
+
+    def read_left(self, key: DraftKey, batch: int, *, warm: bool) -> None:
+        """Read what the last round left; in a warm-up, nothing of it."""
+        drafter, owed = self.drafter, self.owed(batch)
+        counts = torch.zeros_like(owed.counts) if warm else owed.counts
+        extend(drafter.module, drafter.target.embed, drafter.cache, owed.features, owed.tokens, counts, key.reach)
 
     def collect(
         self, taps: Mapping[str, Tensor], path: Tensor, emitted: Tensor, counts: Tensor, *, warm: bool = False

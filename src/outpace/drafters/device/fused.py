@@ -20,7 +20,7 @@ import triton
 from torch import nn
 
 from outpace.drafters.device import kernels
-from outpace.drafters.device.following import FollowingDraft, Owed
+from outpace.drafters.device.following import Ear, FollowingDraft, Owed
 from outpace.drafters.device.reading import kernel_halves, read_rows
 from outpace.drafters.growth import Plan
 from outpace.target.fast.graphs import bucket
@@ -151,7 +151,7 @@ class FusedDraft(FollowingDraft):
         gammas += (gammas[:1] or [None]) * (_MOST_TAPS - len(gammas))
         kernels.collect_kernel[(batch * self.rows, len(names))](
             *read, *gammas, path, emitted, counts, owed.features, ready.rows, ready.squares, owed.tokens, owed.counts,
-            path.shape[1], emitted.stride(0), self.rows, plan.eps, TAPS=len(names), SIZE=size,
+            path.shape[1], read[0].shape[1], emitted.stride(0), self.rows, plan.eps, TAPS=len(names), SIZE=size,
             BLOCK=triton.next_power_of_2(size), EACH=bool(plan.tap_norms), ALL=plan.fuse_norm is not None,
             num_warps=4,
         )  # fmt: skip
@@ -160,18 +160,30 @@ class FusedDraft(FollowingDraft):
         """See `DeviceDraft`."""
         if not self.fused(batch):
             return super().draft(key, batch, draws, warm=warm)
-        owed = self.owed(batch)
-        run = _Run(self, key, batch, draws)
-        run.read(owed.tokens, self.ready(batch), torch.zeros_like(owed.counts) if warm else owed.counts)
+        tokens, parents, _ = self._drafted(_Run(self, key, batch, draws, None), warm=warm)
+        return tokens, parents
+
+    def draft_hearing(
+        self, key: DraftKey, batch: int, draws: Draws | None, ear: Ear, *, warm: bool = False
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """See `FollowingDraft`."""
+        if not self.fused(batch):
+            return super().draft_hearing(key, batch, draws, ear, warm=warm)
+        return self._drafted(_Run(self, key, batch, draws, ear), warm=warm)
+
+    def _drafted(self, run: _Run, *, warm: bool) -> tuple[Tensor, Tensor, Tensor]:
+        owed = self.owed(run.batch)
+        run.read(owed.tokens, self.ready(run.batch), torch.zeros_like(owed.counts) if warm else owed.counts)
         return run.grow()
 
 
 class _Run:
     """One draft: what its levels share."""
 
-    def __init__(self, draft: FusedDraft, key: DraftKey, batch: int, draws: Draws | None) -> None:
+    def __init__(self, draft: FusedDraft, key: DraftKey, batch: int, draws: Draws | None, ear: Ear | None) -> None:
         self.draft, self.plan, self.tree, self.batch, self.draws = draft, draft.plan, draft.tree, batch, draws
-        self.cache, self.net = draft.drafter.cache, draft.drafter.module
+        self.cache, self.net, self.ear = draft.drafter.cache, draft.drafter.module, ear
+        self.top = self.cache.top[:batch]  # what the root's children are drafted from
         shape, device = self.net.shape, draft.device
         self.size, self.pdl = shape.hidden, draft.pdl
         self.block = triton.next_power_of_2(shape.hidden)
@@ -203,20 +215,23 @@ class _Run:
             positions, count, plan.eps, **self.halves, **self.early(self.pdl and plan.fuse is not None),
         )  # fmt: skip
         y, _ = self.blocks(both, residual, positions, self.at, None)
-        top = self.cache.top[: self.batch]
+        top = self.top
         scaled = Scaled(self.room(self.batch, self.size), self.room(self.batch, 1, dtype=torch.float32))
         kernels.top_kernel[(self.batch,)](
             y, top, scaled.rows, scaled.squares, plan.norm, counts, self.at, count, SIZE=self.size, BLOCK=self.block,
             NORMED=plan.norm is not None, num_warps=4, **self.early(),
         )  # fmt: skip
-        self.children(self.logits(scaled if plan.norm is not None else top), None, None, 1)
+        heard: Scaled | None = scaled if plan.norm is not None else None
+        if self.ear is not None:
+            self.top, heard = self.ear.fused(top, 1, plan.norm)
+        self.children(self.logits(heard if heard is not None else self.top), None, None, 1)
 
-    def grow(self) -> tuple[Tensor, Tensor]:
-        """The tree: tokens, parents [B, width] int64."""
+    def grow(self) -> tuple[Tensor, Tensor, Tensor]:
+        """The tree: tokens, parents [B, width] int64, values [B, width] float32."""
         tree, plan, batch = self.tree, self.plan, self.batch
         k, words = tree.branches, max(1, -(-tree.scratch // 32))
         rows = batch * k
-        y, above = self.cache.top[:batch], self.at  # of the depth before; what the root's children read is no bits
+        y, above = self.top, self.at  # of the depth before; what the root's children read is no bits
         for depth in range(1, tree.depth):
             count = k if depth == 1 else k * k
             both, residual, positions = self.room(rows, 2 * self.size), self.kept_rows(rows), self.longs(rows)
@@ -230,15 +245,18 @@ class _Run:
                 OUT_NORMED=plan.feeds_normed and plan.norm is not None, **self.halves, **self.early(),
             )  # fmt: skip
             y, scaled = self.blocks(both, residual, positions, entries, bits, span=depth * k)
+            if self.ear is not None:
+                y, scaled = self.ear.fused(y, depth + 1, plan.norm)
             self.children(self.logits(scaled if scaled is not None else y), values, births, depth + 1)
             above = bits
         tokens, parents = self.longs(batch, tree.width), self.longs(batch, tree.width)
+        kept_values = self.room(batch, tree.width, dtype=torch.float32)
         kernels.keep_kernel[(batch,)](
             self.tokens, self.parents, self.values, self.at, torch.empty_like(self.parents), tokens, parents,
-            tree.born, tree.width, BLOCK=triton.next_power_of_2(tree.born), STEP=_STEP,
+            kept_values, tree.born, tree.width, BLOCK=triton.next_power_of_2(tree.born), STEP=_STEP,
             num_warps=4 if tree.born <= 128 else 8, **self.early(),
         )  # fmt: skip
-        return tokens, parents
+        return tokens, parents, kept_values
 
     def blocks(
         self,

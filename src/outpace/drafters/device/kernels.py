@@ -47,7 +47,7 @@ def _one_of(which, ONE, TWO, THREE, FOUR, at, real):
 @triton.jit
 def collect_kernel(
     TAP0, TAP1, TAP2, TAP3, GAMMA0, GAMMA1, GAMMA2, GAMMA3, PATH, EMITTED, COUNTS, RAW, READY, SQUARES, TOKENS, OWED,
-    R, emitted_stride, W, eps,
+    R, tap_rows, emitted_stride, W, eps,
     TAPS: tl.constexpr, SIZE: tl.constexpr, BLOCK: tl.constexpr, EACH: tl.constexpr, ALL: tl.constexpr,
 ):  # fmt: skip
     """RAW: taps as they are; READY: behind a norm of each tap (EACH), or scaled for a norm over all of them (ALL)."""
@@ -57,7 +57,7 @@ def collect_kernel(
     step = row % W
     at = tl.arange(0, BLOCK)
     real = at < SIZE
-    source = (request * R + tl.load(PATH + request * R + step)) * SIZE + at
+    source = (request * tap_rows + tl.load(PATH + request * R + step)) * SIZE + at
     x = _one_of(tap, TAP0, TAP1, TAP2, TAP3, source, real)
     to = (row * TAPS + tap).to(tl.int64) * SIZE + at
     tl.store(RAW + to, x.to(RAW.dtype.element_ty), mask=real)
@@ -313,7 +313,7 @@ def births_kernel(
 
 @triton.jit
 def keep_kernel(
-    BORN_TOKENS, BORN_PARENTS, BORN_VALUES, AT, NUMBERS, TOKENS, PARENTS, born, COUNT,
+    BORN_TOKENS, BORN_PARENTS, BORN_VALUES, AT, NUMBERS, TOKENS, PARENTS, VALUES, born, COUNT,
     BLOCK: tl.constexpr, STEP: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """The COUNT nodes of most value in order of birth; -1 for tokens of a request that nothing was read of."""
@@ -333,4 +333,5 @@ def keep_kernel(
     token = tl.load(BORN_TOKENS + base + node, mask=keep, other=-1)
     token = tl.where(tl.load(AT + request) > 0, token, -1)
     tl.store(TOKENS + request * COUNT + number, token, mask=keep)
+    tl.store(VALUES + request * COUNT + number, value, mask=keep)
     tl.store(PARENTS + request * COUNT + number, up.to(tl.int64), mask=keep)

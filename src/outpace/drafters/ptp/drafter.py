@@ -40,6 +40,7 @@ from outpace.target import Kernel, Scouts, read
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from outpace.drafters.ptp.device import SlotDraft
     from outpace.target import GatedLoRA, Readout, Target
     from outpace.target.widen import Widening
 
@@ -197,6 +198,7 @@ class Ptp(LearnedDrafter):
         self.read: ReadMode = read
         self.adaptive = adaptive
         self._eagle: EagleSampler | None = None
+        self._device: SlotDraft | None = None
         self._check()
         self._ask()
         self._ids: Tensor | None = None
@@ -409,7 +411,7 @@ class Ptp(LearnedDrafter):
         """Read the calibration."""
         self._states = WeakKeyDictionary()
         self._calibrate()
-        self._eagle = None
+        self._eagle = self._device = None
         if self.sampler == "eagle":
             assert self.module.net is not None
             assert self.module.join is not None
@@ -420,13 +422,13 @@ class Ptp(LearnedDrafter):
         device = target.device.type
         budgets, gains = (_BUDGET, _MIN_GAIN) if self._eagle is None else (_EAGLE_BUDGET, {})
         self._most = self.budget or budgets.get(device, budgets["cuda"])
-        self._least = self.min_gain if self.min_gain >= 0 else gains.get(device, 0.0)
+        self.least = self.min_gain if self.min_gain >= 0 else gains.get(device, 0.0)
 
     def _calibrate(self) -> None:
         self._trust = self.module.calibration.trust()
         survival = self.module.calibration.survival()
         self._hazard = [b / a for a, b in zip([1.0, *survival[:-1]], survival, strict=True)]
-        self._worths = torch.tensor(rows.worth(survival[: self.draft_len or None], self.shape.silent))
+        self.worths = torch.tensor(rows.worth(survival[: self.draft_len or None], self.shape.silent))
 
     def start(self, context: Context, request: RequestContext, taps: Mapping[str, Tensor]) -> None:
         """Look whether the request samples as this drafter was trained to."""
@@ -444,14 +446,14 @@ class Ptp(LearnedDrafter):
         trees = []
         for request in context.requests:
             paths = self._state(request).paths if request.speculate else {}
-            trees.append(prune(paths, request.depth_limit, self._least, self.nodes or self._most))
+            trees.append(prune(paths, request.depth_limit, self.least, self.nodes or self._most))
         return Draft.of(trees)
 
     def scouts(self, context: Context, draft: Draft) -> Scouts | None:
         """Groups of slots behind the nodes at which the walk may end, best first within the budget."""
         self._plan = None
         target, requests = context.target, context.requests
-        active = [r.speculate and r.depth_limit > 1 and self._slots_say_something(r.sampler) for r in requests]
+        active = [r.speculate and r.depth_limit > 1 and self.slots_say_something(r.sampler) for r in requests]
         if not any(active):
             return None
         trees = draft.trees()
@@ -467,8 +469,8 @@ class Ptp(LearnedDrafter):
         ancestors = rows.lineage(parents)
         chances = rows.walk_ends(confidence, parents, ancestors)
         limits = [request.scout_limit for request in requests if request.scout_limit is not None]
-        branch, slot, gain = rows.allocate(chances, self._worths, min([self._most, *limits]))
-        used = (gain > self._least) & torch.tensor(active)[:, None]
+        branch, slot, gain = rows.allocate(chances, self.worths, min([self._most, *limits]))
+        used = (gain > self.least) & torch.tensor(active)[:, None]
         count = int(used.sum(1).max()) if used.shape[1] else 0
         if count == 0:
             return None
@@ -499,7 +501,7 @@ class Ptp(LearnedDrafter):
         if plan is None:
             return
         ended = torch.tensor([ends.get(walk.tokens[:-1], -1) for ends, walk in zip(plan.ends, walks, strict=True)])
-        rows_of, present = rows.group_rows(plan.branch, plan.slot, plan.used, ended, self._worths.shape[0])
+        rows_of, present = rows.group_rows(plan.branch, plan.slot, plan.used, ended, self.worths.shape[0])
         silent = self.shape.silent
         rows_of, present = rows_of[:, silent:], present[:, silent:]
         depths = present.sum(1).tolist()
@@ -570,7 +572,29 @@ class Ptp(LearnedDrafter):
             race,
         )
 
-    def _slots_say_something(self, sampler: Sampler) -> bool:
+    def device_draft(self) -> SlotDraft | None:
+        """The same in captured rounds, behind EAGLE-3's network; otherwise, and while it learns, the host does it."""
+        if self._eagle is None or self.adaptive:
+            return None
+        if self._device is None or not self._device.holds():
+            from outpace.drafters.ptp.device import SlotDraft
+
+            inner = self._eagle.follower.device_draft()
+            fits = SlotDraft.serves(inner.nodes, self.worths.shape[0])
+            self._device = SlotDraft(self, inner, self._eagle.join, self._most) if fits else None
+        return self._device
+
+    def take_heard(self, request: RequestContext) -> Tensor | None:
+        """States of the slots behind a request's last walk [n, H], which are not kept any longer."""
+        state = self._state(request)
+        heard, state.heard = state.heard, None
+        return heard
+
+    def keep_heard(self, request: RequestContext, states: Tensor) -> None:
+        """Keep states [n, H] for a request's next draft."""
+        self._state(request).heard = states if len(states) else None
+
+    def slots_say_something(self, sampler: Sampler) -> bool:
         """Not where EAGLE-3's network can do without them, and they carry numbers that decide nothing."""
         return self._eagle is None or not self.shape.reads or deciding_dice(sampler, "gumbel") is None
 

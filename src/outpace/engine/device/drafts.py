@@ -58,7 +58,7 @@ def _race_kernel(
 
 @triton.jit
 def _lay_kernel(
-    DRAFT, ABOVE, ROOM, LENGTHS, TOKENS, PARENTS, POSITIONS, BITS, N, R, V, DEPTH,
+    DRAFT, ABOVE, ROOM, LENGTHS, TOKENS, PARENTS, POSITIONS, BITS, ROWS, N, R, TOTAL, V, DEPTH,
     BLOCK: tl.constexpr, WORDS: tl.constexpr,
 ):  # fmt: skip
     """One request's tree, depth first, behind its root: a node's row is 1 + how many nodes come before it."""
@@ -86,27 +86,29 @@ def _lay_kernel(
     known = (token >= 0) & (token < V)
     valid = known & (depth <= room) & (named < node)
     corner = request * R
+    wide = request * TOTAL  # where scouts stand behind the main rows
+    tl.store(ROWS + request * N + node, row.to(tl.int64), mask=real)
     tl.store(TOKENS + corner + row, tl.where(known, token, 0), mask=real)
     tl.store(PARENTS + corner + row, tl.where(valid, hangs, -2).to(tl.int64), mask=real)
-    tl.store(POSITIONS + corner + row, length + depth, mask=real)
+    tl.store(POSITIONS + wide + row, length + depth, mask=real)
     spare = N + 1 + node
     unused = spare < R
     tl.store(TOKENS + corner + spare, tl.zeros([BLOCK], tl.int64), mask=unused)
     tl.store(PARENTS + corner + spare, tl.full([BLOCK], -2, tl.int64), mask=unused)
-    tl.store(POSITIONS + corner + spare, tl.zeros([BLOCK], tl.int64) + length, mask=unused)
+    tl.store(POSITIONS + wide + spare, tl.zeros([BLOCK], tl.int64) + length, mask=unused)
     tl.store(PARENTS + corner, -2)
-    tl.store(POSITIONS + corner, length)
+    tl.store(POSITIONS + wide, length)
     for word in tl.static_range(WORDS):
         own = tl.where(row >> 5 == word, tl.full([BLOCK], 1, tl.int32) << (row & 31), 0)
         bits = tl.sum(tl.where(seen, own[None, :], 0), 1)
         alone = tl.where(spare >> 5 == word, tl.full([BLOCK], 1, tl.int32) << (spare & 31), 0)
         if word == 0:
             bits = bits | 1  # everybody sees the root
-            tl.store(BITS + corner * WORDS, 1)
+            tl.store(BITS + wide * WORDS, 1)
         else:
-            tl.store(BITS + corner * WORDS + word, 0)
-        tl.store(BITS + (corner + row) * WORDS + word, bits, mask=real)
-        tl.store(BITS + (corner + spare) * WORDS + word, alone, mask=unused)
+            tl.store(BITS + wide * WORDS + word, 0)
+        tl.store(BITS + (wide + row) * WORDS + word, bits, mask=real)
+        tl.store(BITS + (wide + spare) * WORDS + word, alone, mask=unused)
 
 
 def race_ahead(keys: Keys, lengths: Tensor, depth: int, head: DraftHead) -> Tensor:
@@ -135,8 +137,8 @@ def numbers_ahead(keys: Keys, lengths: Tensor, depth: int) -> Tensor:
     return u
 
 
-def lay(tokens: Tensor, parents: Tensor, depth: int, room: Tensor, vocabulary: int, inputs: Inputs) -> None:
-    """Make drafts the main rows of a pass; its roots and lengths are there already.
+def lay(tokens: Tensor, parents: Tensor, depth: int, room: Tensor, vocabulary: int, inputs: Inputs) -> Tensor:
+    """Make drafts the main rows of a pass; its roots and lengths are there already. Returns each node's row, [B, n].
 
     tokens, parents: [B, n] int64, parents before children, -1: the root; depth: of the deepest node; room: [B] int64.
     A node that is deeper than `room`, or no node at all (an id outside the vocabulary, a parent behind it), keeps its
@@ -145,8 +147,10 @@ def lay(tokens: Tensor, parents: Tensor, depth: int, room: Tensor, vocabulary: i
     batch, count = tokens.shape
     rows = inputs.main
     assert inputs.bits is not None  # rows of a chain have none
+    places = torch.empty_like(tokens, memory_format=torch.contiguous_format)
     _lay_kernel[(batch,)](
         tokens.contiguous(), parents.contiguous(), room, inputs.lengths, inputs.tokens, inputs.parents,
-        inputs.positions, inputs.bits, count, rows, vocabulary, depth, BLOCK=triton.next_power_of_2(rows),
-        WORDS=inputs.bits.shape[1], num_warps=1 if rows <= 32 else 4,
+        inputs.positions, inputs.bits, places, count, rows, inputs.rows, vocabulary, depth,
+        BLOCK=triton.next_power_of_2(rows), WORDS=inputs.bits.shape[1], num_warps=1 if rows <= 32 else 4,
     )  # fmt: skip
+    return places

@@ -174,7 +174,7 @@ def _walk_kernel(TOKENS, PARENTS, POSITIONS, CHOSEN, EMITTED, PATH, COUNTS, R, W
 
 
 @triton.jit
-def _advance_kernel(EMITTED, COUNTS, ROOM, TOKENS, POSITIONS, LENGTHS, R, WIDTH):
+def _advance_kernel(EMITTED, COUNTS, ROOM, TOKENS, POSITIONS, LENGTHS, R, TOTAL, WIDTH):
     """Make the last emitted token the root of the next round: TOKENS [B, R] column 0, lengths and root positions.
 
     Where there was no law (-1) the round under way runs on some token, and the host will refuse its outcome.
@@ -185,7 +185,7 @@ def _advance_kernel(EMITTED, COUNTS, ROOM, TOKENS, POSITIONS, LENGTHS, R, WIDTH)
     tl.store(LENGTHS + request, length)
     tl.store(ROOM + request, tl.load(ROOM + request) - count)
     tl.store(TOKENS + request * R, tl.maximum(tl.load(EMITTED + request * WIDTH + count), 0))
-    tl.store(POSITIONS + request * R, length)
+    tl.store(POSITIONS + request * TOTAL, length)
 
 
 class Chance(NamedTuple):
@@ -276,9 +276,10 @@ def walk(
 def advance(emitted: Tensor, counts: Tensor, room: Tensor, tokens: Tensor, positions: Tensor, lengths: Tensor) -> None:
     """Begin the next round where this one ended (see the kernel); for rounds of one row, or before a draft is laid.
 
-    room: [B] int64, how deep the next draft may be, less what was emitted.
+    room: [B] int64, how deep the next draft may be, less what was emitted; positions: of all rows, scouts too.
     """
     batch, rows = tokens.shape
     _advance_kernel[(batch,)](
-        emitted, counts, room, tokens, positions, lengths, rows, emitted.shape[1], num_warps=1
+        emitted, counts, room, tokens, positions, lengths, rows, positions.shape[0] // batch, emitted.shape[1],
+        num_warps=1,
     )  # fmt: skip

@@ -137,18 +137,23 @@ def _signed(word: int) -> int:
 def fill(
     host: Tensor,
     inputs: Inputs,
-    tokens: Sequence[Sequence[int]],
-    parents: Sequence[Sequence[int]],
-    positions: Sequence[Sequence[int]],
-    lengths: Sequence[int],
+    tokens: list[list[int]],
+    parents: list[list[int]],
+    positions: list[list[int]],
+    lengths: list[int],
 ) -> None:
-    """Fill all static tensors of a shape with one copy; host: [offsets[-1]] int64, for staging."""
-    rows, spare = inputs.main, inputs.batch - len(tokens)
+    """Fill all static tensors of a shape with one copy; host: [offsets[-1]] int64, for staging.
+
+    tokens, parents, positions: of the main rows. A scout stands at its root's position and sees itself, until it is
+    placed.
+    """
+    rows, total, spare = inputs.main, inputs.rows, inputs.batch - len(tokens)
     flat: list[int] = []
-    for part, filler in ((tokens, 0), (parents, -2), (positions, 0)):
+    for part, filler, width in ((tokens, 0, rows), (parents, -2, rows), (positions, 0, total)):
         for row in part:
             flat.extend(row)
-        flat.extend([filler] * (rows * spare))
+            flat.extend(row[:1] * (width - rows))
+        flat.extend([filler] * (width * spare))
     flat.extend(lengths)
     flat.extend([0] * spare)
     flat.extend(range(inputs.batch))
@@ -157,9 +162,10 @@ def fill(
     if inputs.bits is not None:
         words = inputs.bits.shape[1]
         packed: list[int] = []
+        alone = [-2] * (total - rows)
         for row_parents in [*parents, *([[-2] * rows] * spare)]:
             seen: list[int] = []
-            for at, parent in enumerate(row_parents):
+            for at, parent in enumerate([*row_parents, *alone]):
                 seen.append((seen[parent] if parent >= 0 else 0) | (1 << at))
             for mask in seen:
                 packed.extend((mask >> (32 * word)) & 0xFFFFFFFF for word in range(words))

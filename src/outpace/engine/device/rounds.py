@@ -3,13 +3,13 @@
 The host is told once per round what was emitted, and does not even wait for that: the next round starts from tensors on
 the device while the host reads the last one, and what was computed beyond a stop is thrown away.
 
-    [draft graph: read what is owed, grow, lay] -> [pass graph] -> [walk graph: choose, walk, commit, advance, collect]
-        -> emitted, one copy to the host
+    [draft graph: read what is owed, grow, lay, place scouts] -> [pass graph]
+        -> [walk graph: choose, walk, commit, advance, collect] -> emitted, one copy to the host
 
 Without a drafter there is no draft graph. A drafter that drafts on the host uploads a tree instead, and the host waits.
-Serves plain decoding and drafters that choose their tokens and add no rows, under the path rule, for all sampling
-settings but processors of the user's; everything else is played by the readable round, on top of the same captured
-passes.
+Serves plain decoding and drafters that choose their tokens, with scouts where they draft on the device, under the path
+rule, for all sampling settings but processors of the user's; everything else is played by the readable round, on top of
+the same captured passes.
 """
 
 from __future__ import annotations
@@ -63,10 +63,11 @@ class DeviceRounds:
 
     @staticmethod
     def serves(drafter: Drafter | None) -> bool:
-        """Whether drafts of this drafter can be verified here: it chooses its tokens and adds no rows."""
+        """Whether drafts of this drafter can be verified here: it chooses its tokens, and places scouts here if any."""
         if drafter is None:
             return True
-        return drafter.kind == "deterministic" and not (drafter.needs.scouts or drafter.needs.adapter)
+        alone = not (drafter.needs.scouts or drafter.needs.adapter)
+        return drafter.kind == "deterministic" and (alone or _device_draft(drafter) is not None)
 
     def takes(self, context: Context) -> bool:
         """Whether every request's law can be made here, within the positions that the rotary tables hold."""
@@ -163,8 +164,8 @@ class DeviceRounds:
     def _launch_ahead(self, context: Context, draft: DeviceDraft, taps: frozenset[str], *, wanted: bool) -> None:
         """Keep rounds with drafts of the device under way; finish what is, where no more is wanted."""
         requests, cache = context.requests, context.cache
-        batch, rows = padded_batch(len(requests)), padded_rows(1 + draft.nodes)
-        inputs, lane = self.fast.inputs(batch, rows), self._lane(batch, rows)
+        batch, rows = padded_batch(len(requests)), padded_rows(1 + draft.nodes + draft.scouts) - draft.scouts
+        inputs, lane = self.fast.inputs(batch, rows, draft.scouts), self._lane(batch, rows)
         flags = [r.speculate for r in requests]
         course = self._course if self._course is not None and self._course.serves(requests, draft) else None
         changed = course is None or course.speculate != flags
@@ -181,7 +182,7 @@ class DeviceRounds:
         most = min(1 + AHEAD, max(r.remaining for r in requests))
         while len(self._flying) < most:
             behind = len(self._flying) * (draft.depth + 1)
-            entries = max(cache.lengths[: len(requests)]) + behind + rows
+            entries = max(cache.lengths[: len(requests)]) + behind + inputs.rows
             self._fly(cache, inputs, lane, entries, taps, draft)
 
     def _launch(self, context: Context, trees: list[Tree], taps: frozenset[str], *, alone: bool) -> None:
@@ -237,7 +238,10 @@ class DeviceRounds:
         """Start one round on the tensors of a shape. All is captured before anything is launched."""
         cache.reserve(slots=inputs.batch, capacity=entries)
         drafting = None if draft is None else self._draft_graph(draft, inputs, lane)
-        passing = self.fast.graph(inputs, cache, entries=entries, layer_ids=self._layer_ids, taps=taps)
+        passing = self.fast.graph(
+            inputs, cache, entries=entries, layer_ids=self._layer_ids, taps=taps,
+            adapter=None if draft is None else draft.adapter,
+        )  # fmt: skip
         walking = self._walk_graph(cache, inputs, lane, passing.result, draft)
         marks = [torch.cuda.Event(enable_timing=True) for _ in range(4)]  # type: ignore[no-untyped-call]
         marks[0].record()
@@ -283,7 +287,10 @@ class DeviceRounds:
                     draft.coupling,
                 )
             tokens, parents = draft.draft(key, inputs.batch, draws, warm=warm)
-            lay(tokens, parents, draft.depth, lane.room, vocabulary, inputs)
+            rows = lay(tokens, parents, draft.depth, lane.room, vocabulary, inputs)
+            if draft.scouts:
+                numbers = numbers_ahead(lane.keys, inputs.lengths, draft.reads) if draft.reads else None
+                draft.place(inputs, rows, lane.temperature, numbers)
 
         return work
 
@@ -303,13 +310,11 @@ class DeviceRounds:
             def work(
                 emitted: Tensor, path: Tensor, counts: Tensor, keep: Tensor, room: Tensor, ahead: Inputs, *, warm: bool
             ) -> None:
-                scores = logits
+                scores, positions = logits, ahead.main_positions
                 if history is not None:
-                    scores = history.score(logits, ahead.tokens, ahead.parents, ahead.positions)
-                chosen = lane.chooser(
-                    scores, lane.temperature, lane.truncation, lane.keys, ahead.positions, chance=chance
-                )
-                walk(ahead.tokens, ahead.parents, ahead.positions, chosen, emitted, path, counts)
+                    scores = history.score(logits, ahead.tokens, ahead.parents, positions)
+                chosen = lane.chooser(scores, lane.temperature, lane.truncation, lane.keys, positions, chance=chance)
+                walk(ahead.tokens, ahead.parents, positions, chosen, emitted, path, counts)
                 if history is not None:
                     history.count(emitted, history.counts.clone() if warm else history.counts)
                 if inputs.main > 1:
@@ -334,7 +339,7 @@ class DeviceRounds:
 def _device_draft(drafter: Drafter | None) -> DeviceDraft | None:
     """How a drafter drafts on the device, where its trees can be laid there."""
     draft = drafter.device_draft() if drafter is not None else None
-    return draft if draft is not None and draft.nodes < WIDEST else None
+    return draft if draft is not None and draft.nodes + draft.scouts < WIDEST else None
 
 
 def _nodes(tree: Tree, tokens: Sequence[int]) -> tuple[int, ...]:

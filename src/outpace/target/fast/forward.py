@@ -92,6 +92,11 @@ class Inputs:
         return int(self.tokens.shape[1])
 
     @property
+    def main_positions(self) -> Tensor:
+        """[B * R] int64, of the main rows alone (a copy where scouts stand between them)."""
+        return self.positions.view(self.batch, self.rows)[:, : self.main].reshape(-1)
+
+    @property
     def rows(self) -> int:
         """Rows per request, scouts included."""
         return self.main + (int(self.embeds.shape[1]) if self.embeds is not None else 0)
@@ -172,10 +177,12 @@ class Forward:
             note("post_norm", run.normed(stream.hidden, plan.norm))
         if not logits and not scout_logits:
             return Outputs(None, None, found)
-        whole = run.product(stream, plan.norm, plan.head)
-        out = whole.view(batch, per_request, plan.vocabulary)
         main = inputs.main
-        return Outputs(out[:, :main] if logits else None, out[:, main:] if scout_logits else None, found)
+        if not scout_logits:
+            out = run.product(run.main_rows(stream), plan.norm, plan.head)
+            return Outputs(out.view(batch, main, plan.vocabulary), None, found)
+        out = run.product(stream, plan.norm, plan.head).view(batch, per_request, plan.vocabulary)
+        return Outputs(out[:, :main] if logits else None, out[:, main:], found)
 
 
 class _LayerRun:
@@ -244,6 +251,19 @@ class _LayerRun:
             return stream.hidden
         return stream.scaled if stream.scaled is not None else self.normed(stream.hidden, gamma)
 
+    def main_rows(self, stream: _Stream) -> _Stream:
+        """Without the scouts."""
+        if self.inputs.embeds is None:
+            return stream
+
+        def narrow(value: Tensor) -> Tensor:
+            return value.view(self.inputs.batch, self.inputs.rows, -1)[:, : self.inputs.main].flatten(0, 1)
+
+        scaled = stream.scaled
+        return _Stream(
+            narrow(stream.hidden), None if scaled is None else Scaled(narrow(scaled.rows), narrow(scaled.squares))
+        )
+
     def product(self, stream: _Stream, gamma: Tensor | None, projection: Projection, names: Joined = ()) -> Tensor:
         """norm(stream) @ weight.T + bias, with the adapter's tails."""
         source = self.taken(stream, gamma)
@@ -254,7 +274,7 @@ class _LayerRun:
         else:
             assert not isinstance(source, Scaled)  # folded for few rows only
             out = torch.nn.functional.linear(source, projection.weight, projection.bias)
-        if self.adapter is not None:
+        if self.adapter is not None and names:
             assert not isinstance(source, Scaled)
             self.add_tails(source, out, names)
         return out
