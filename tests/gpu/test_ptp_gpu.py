@@ -97,11 +97,17 @@ KINDS = [
 def test_a_training_step_does_not_wait_for_the_device(attention, options):
     target, drafter = make(torch.bfloat16, attention=attention, **options)
     batch = batch_of(target, drafter)
-    drafter.objective(batch).total.backward()  # warm: lazy initialisation may wait
+
+    def step():
+        with torch.autocast("cuda", dtype=torch.bfloat16):  # as training does
+            losses = drafter.objective(batch)
+        losses.total.backward()
+
+    step()  # warm: lazy initialisation may wait
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
-        drafter.objective(batch).total.backward()
+        step()
     finally:
         torch.cuda.set_sync_debug_mode("default")
 

@@ -3,6 +3,8 @@
 Where a GPU is there, tests/gpu runs the compiled kernels instead.
 """
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -14,7 +16,7 @@ from outpace.engine.device.kernels import Chance, Chooser, Keys, advance, walk
 from outpace.engine.device.truncation import Cutter, Truncation
 from outpace.laws import Noise, NoiseDice, Sampler, Settings, Tree, warp
 from outpace.laws.rules import walk_path
-from outpace.target import Block, Target
+from outpace.target import Block, GatedLoRA, Scouts, Target
 from outpace.target.fast import forward as forward_module
 from outpace.target.fast.entries import keep_entries, pointer_table
 from outpace.target.fast.forward import Forward, Inputs
@@ -55,6 +57,61 @@ def test_a_ragged_tree_gives_the_modules_numbers(name, few, monkeypatch):
     found = run(inputs, cache.tensors(), splits=2, layer_ids=target.layer_ids, taps=TAPS)
     assert gap(found.logits, wanted.logits) < 1e-5
     assert max(gap(found.taps[tap], wanted.taps[tap]) for tap in TAPS) < 1e-5
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("few", [True, False], ids=["fused", "rows"])
+@pytest.mark.parametrize(
+    ("name", "layers", "taken"),
+    [("llama", "all", True), ("olmo2", "all", True), ("qwen2", ("q_proj", "k_proj", "v_proj", "down_proj"), True),
+     ("llama", ("q_proj", "up_proj", "down_proj"), False)],
+)  # fmt: skip
+def test_scouts_take_the_adapters_tails_and_main_rows_do_not(name, layers, taken, few, monkeypatch):
+    monkeypatch.setattr(forward_module, "few_rows", lambda plan: 64 if few else 0)
+    torch.manual_seed(0)
+    target = Target(make_model(name, num_hidden_layers=2, sharpness=4.0), path="readable")
+    adapter = (
+        GatedLoRA.for_all_layers(target.model, 3, 6.0)
+        if layers == "all"
+        else GatedLoRA.for_layers(target.model, layers, 3, 6.0)
+    )
+    for up in adapter.up.values():
+        torch.nn.init.normal_(up, std=0.3)
+    cache = target.new_cache(slots=2)
+    for slot, prompt in enumerate([PROMPTS[0], PROMPTS[4]]):
+        target.prefill(prompt, cache, slot=slot)
+    block = Block.of([9, 11], [Tree([1, 2, 3], [-1, 0, 0]), Tree([7, 8], [-1, 0])], cache.lengths, target.device)
+    rows, count = block.rows, 3
+    sees = torch.zeros(2, count, rows + count, dtype=torch.bool)
+    sees[:, :, 0], sees[:, :, rows:] = True, torch.ones(count, count).tril().bool()
+    positions = block.positions[:, :1] + 1 + torch.arange(count)
+    scouts = Scouts(positions, sees, embeds=torch.randn(2, count, target.hidden_size), adapter=adapter)
+    with target.adapted(adapter):
+        wanted = target.run(replace(block, scouts=scouts), cache, taps=TAPS)
+        cache.drop()
+    inputs = Inputs.empty(2, rows, target.device, chain=False, embeds=scouts.embeds)
+    inputs.tokens.copy_(block.tokens)
+    inputs.positions.copy_(torch.cat([block.positions, positions], 1).view(-1))
+    inputs.lengths.copy_(torch.tensor(cache.lengths))
+    all_sees = torch.zeros(2, rows + count, rows + count, dtype=torch.bool)
+    all_sees[:, :rows, :rows], all_sees[:, rows:] = block.sees, sees
+    inputs.bits.copy_(pack_bits(all_sees).view(2 * (rows + count), -1))
+    run = Forward(make_plan(target), target.model.get_input_embeddings(), joined_names(target), pdl=False)
+    options = {"splits": 2, "layer_ids": target.layer_ids, "taps": TAPS}
+    found = run(inputs, cache.tensors(), adapter=adapter, scout_logits=True, **options)
+    assert (run.tails(adapter) is not None) == taken
+    assert gap(found.logits, wanted.logits) < 1e-5
+    assert gap(found.scout_logits, wanted.scout_logits) < 1e-5
+    assert max(gap(found.taps[tap], wanted.taps[tap]) for tap in TAPS) < 1e-5
+    bare = run(inputs, cache.tensors(), **options)
+    if taken and few:  # the same kernels for main rows, whatever is added to the others
+        assert torch.equal(bare.taps["post_norm"][:, :rows], found.taps["post_norm"][:, :rows])
+    assert gap(bare.logits, wanted.logits) < 1e-5
+    assert bare.scout_logits is None
+    for up in adapter.up.values():  # a product's parameters are views of what the kernels read
+        up.mul_(0.0)
+    without = run(inputs, cache.tensors(), adapter=adapter, **options)
+    torch.testing.assert_close(without.taps["post_norm"], bare.taps["post_norm"])
 
 
 def _signed(word):

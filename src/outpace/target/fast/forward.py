@@ -14,11 +14,13 @@ from __future__ import annotations
 from collections.abc import Collection
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
+from weakref import WeakKeyDictionary
 
 import torch
 
 from outpace.target.fast.linear import TILE_ROWS, Follow, Scaled, choose_tile, gated_linear, linear, query_key_value
 from outpace.target.fast.rows import activate_rows, norm_rows, place_heads
+from outpace.target.fast.tails import TailRows, make_tails
 from outpace.target.fast.tree_attention import Workspace, tree_attention
 
 if TYPE_CHECKING:
@@ -26,7 +28,10 @@ if TYPE_CHECKING:
 
     from outpace.target.adapters import GatedLoRA
     from outpace.target.fast.plan import Joined, LayerPlan, Plan, Projection
+    from outpace.target.fast.tails import Tail
 
+Place = tuple[int, str]
+"""Which product: the layer's index, and its name in `plan.joined_names`."""
 FEW_ROWS: Final = 64
 _LARGE: Final = 2048  # hidden size from which arithmetic on more than one tile of rows is no longer free
 
@@ -134,6 +139,15 @@ class Forward:
         self.embed = embed
         self.names = names
         self.pdl = pdl
+        self._tails: WeakKeyDictionary[GatedLoRA, list[dict[str, Tail]] | None] = WeakKeyDictionary()
+
+    def tails(self, adapter: GatedLoRA | None) -> list[dict[str, Tail]] | None:
+        """An adapter's tails as the kernels of few rows take them, by layer and product; None if they cannot."""
+        if adapter is None:
+            return [{} for _ in self.names]
+        if adapter not in self._tails:
+            self._tails[adapter] = make_tails(adapter, self.names, self.plan)
+        return self._tails[adapter]
 
     def __call__(
         self,
@@ -196,7 +210,8 @@ class _LayerRun:
         self.workspace = workspace
         self.adapter = adapter
         self.few = inputs.batch * inputs.rows <= few_rows(self.plan)
-        self.folds = self.few and adapter is None
+        self.tails = forward.tails(adapter) if self.few else None
+        self.folds = self.tails is not None
 
     def begin(self, hidden: Tensor, gamma: Tensor | None) -> _Stream:
         """The stream as it enters the first layer."""
@@ -210,7 +225,7 @@ class _LayerRun:
     def layer(self, index: int, stream: _Stream, cache: tuple[Tensor, Tensor], following: Tensor | None) -> _Stream:
         """One layer; `following` is the gamma of the norm behind it."""
         plan, inputs = self.plan, self.inputs
-        layer, names = plan.layers[index], self.names[index]
+        layer = plan.layers[index]
         rows = stream.hidden.shape[0]
         query = stream.hidden.new_empty(rows, plan.heads, plan.head_size)
         keys, values = cache
@@ -219,10 +234,10 @@ class _LayerRun:
         if self.folds and plan.query_key_norm == "none":
             query_key_value(
                 self.taken(stream, layer.norm_attention), layer.qkv, query, keys, values, rotary, *place,
-                tile=choose_tile(layer.qkv.weight, 2), eps=plan.eps, pdl=self.pdl,
+                tile=choose_tile(layer.qkv.weight, 2), eps=plan.eps, tailed=self.tailed(index, "qkv"), pdl=self.pdl,
             )  # fmt: skip
         else:
-            joined = self.product(stream, layer.norm_attention, layer.qkv, names["qkv"])
+            joined = self.product(stream, layer.norm_attention, layer.qkv, (index, "qkv"))
             norms = (layer.norm_query, layer.norm_key)
             if plan.query_key_norm == "all":
                 self.norm_all(joined, layer)
@@ -235,9 +250,14 @@ class _LayerRun:
             bits=inputs.bits, scaling=plan.scaling, window=plan.window if layer.kind == "sliding_attention" else None,
             workspace=self.workspace, pdl=self.pdl,
         ).view(rows, -1)  # fmt: skip
-        stream = self.joins(attended, layer.out, layer.norm_attention_out, stream, layer.norm_mlp, names["out"])
-        inner = self.gated(stream, layer, names["gate_up"])
-        return self.joins(inner, layer.down, layer.norm_mlp_out, stream, following, names["down"])
+        stream = self.joins(attended, layer.out, layer.norm_attention_out, stream, layer.norm_mlp, (index, "out"))
+        inner = self.gated(stream, layer, (index, "gate_up"))
+        return self.joins(inner, layer.down, layer.norm_mlp_out, stream, following, (index, "down"))
+
+    def tailed(self, index: int, part: str) -> TailRows | None:
+        """The tail of a layer's product, for the scouts of every request."""
+        tail = None if self.tails is None else self.tails[index].get(part)
+        return None if tail is None else TailRows(tail, self.inputs.rows, self.inputs.main)
 
     def normed(self, hidden: Tensor, gamma: Tensor) -> Tensor:
         """RMS norm of every row, as a tensor of its own."""
@@ -264,30 +284,33 @@ class _LayerRun:
             narrow(stream.hidden), None if scaled is None else Scaled(narrow(scaled.rows), narrow(scaled.squares))
         )
 
-    def product(self, stream: _Stream, gamma: Tensor | None, projection: Projection, names: Joined = ()) -> Tensor:
-        """norm(stream) @ weight.T + bias, with the adapter's tails."""
+    def product(
+        self, stream: _Stream, gamma: Tensor | None, projection: Projection, place: Place | None = None
+    ) -> Tensor:
+        """norm(stream) @ weight.T + bias, with the adapter's tails; place: which product of which layer it is."""
         source = self.taken(stream, gamma)
         if self.few:
+            tailed = self.tailed(*place) if place is not None else None
             out, _ = linear(
-                source, projection, tile=choose_tile(projection.weight), eps=self.plan.eps, pdl=self.pdl
+                source, projection, tile=choose_tile(projection.weight), eps=self.plan.eps, tailed=tailed, pdl=self.pdl
             )  # fmt: skip
         else:
             assert not isinstance(source, Scaled)  # folded for few rows only
             out = torch.nn.functional.linear(source, projection.weight, projection.bias)
-        if self.adapter is not None and names:
+        if self.adapter is not None and self.tails is None and place is not None:
             assert not isinstance(source, Scaled)
-            self.add_tails(source, out, names)
+            self.add_tails(source, out, self.names[place[0]][place[1]])
         return out
 
-    def gated(self, stream: _Stream, layer: LayerPlan, names: Joined) -> Tensor:
+    def gated(self, stream: _Stream, layer: LayerPlan, place: Place) -> Tensor:
         """The activated inner state of the feed-forward part."""
         gelu = self.plan.activation == "gelu_tanh"
         if self.folds:
             return gated_linear(
                 self.taken(stream, layer.norm_mlp), layer.gate_up, tile=choose_tile(layer.gate_up.weight, 2),
-                gelu=gelu, eps=self.plan.eps, pdl=self.pdl,
+                gelu=gelu, eps=self.plan.eps, tailed=self.tailed(*place), pdl=self.pdl,
             )  # fmt: skip
-        both = self.product(stream, layer.norm_mlp, layer.gate_up, names)
+        both = self.product(stream, layer.norm_mlp, layer.gate_up, place)
         return activate_rows(both, both.new_empty(both.shape[0], self.plan.inner), gelu=gelu, pdl=self.pdl)
 
     def joins(
@@ -297,7 +320,7 @@ class _LayerRun:
         gamma: Tensor | None,
         stream: _Stream,
         following: Tensor | None,
-        names: Joined,
+        place: Place,
     ) -> _Stream:
         """The stream behind a block: residual + [norm gamma of] x @ weight.T, scaled for the norm that follows."""
         plan = self.plan
@@ -305,12 +328,12 @@ class _LayerRun:
             follow = Follow(following, plan.norm_shift) if following is not None else None
             out, scaled = linear(
                 x, projection, tile=choose_tile(projection.weight), residual=stream.hidden, follow=follow,
-                eps=plan.eps, pdl=self.pdl,
+                eps=plan.eps, tailed=self.tailed(*place), pdl=self.pdl,
             )  # fmt: skip
             return _Stream(out, scaled)
         if gamma is None and self.adapter is None and projection.bias is None:
             return _Stream(torch.addmm(stream.hidden, x, projection.weight.T), None)
-        added = self.product(_Stream(x, None), None, projection, names)
+        added = self.product(_Stream(x, None), None, projection, place)
         if gamma is None:
             return _Stream(stream.hidden + added, None)
         out = torch.empty_like(stream.hidden)

@@ -6,6 +6,8 @@ Three kernels share one inner loop. A row's result does not depend on how many r
 - RMS norm in front. What writes the residual stream also writes it times gamma, and each program the squares of its
   columns; the product takes the former and multiplies its result by 1 / rms, from the latter.
 - Rotary embedding and the cache write, the gated activation, bias and residual behind.
+- Low-rank tails of an adapter (`tails`), added to the scout rows of a tile: their down projection rides along in the
+  loop over K, and a row without a tail keeps the sum it has without an adapter.
 
 Sums are float32 and rounded once, at the store; the modules of transformers round more often (after the norm, before
 rotary, before the activation), so the two agree up to rounding.
@@ -32,6 +34,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from outpace.target.fast.plan import Projection
+    from outpace.target.fast.tails import TailRows
 
 
 TILE_ROWS: Final = 32  # of every program: a row's sums are then laid out alike in every pass
@@ -65,12 +68,18 @@ def _prefetch(W, wrows, K: tl.constexpr, LINES: tl.constexpr):
 
 @triton.jit
 def _products(
-    X, W, rows, inside, first, second, K: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
-    PAIR: tl.constexpr,
+    X, W, DOWN, rows, inside, first, second, lower, upper, K: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    BK: tl.constexpr, PAIR: tl.constexpr, RANK: tl.constexpr, LOW: tl.constexpr, LOWS: tl.constexpr,
 ):  # fmt: skip
-    """Rows of X times weight rows `first` (and `second`): two [BM, BN] float32 tiles."""
+    """Rows of X times weight rows `first` (and `second`): two [BM, BN] float32 tiles.
+
+    And, times the down projections of parts `lower` (and `upper`, where LOWS is 2), two [BM, LOW] ones.
+    """
     one = tl.zeros([BM, BN], tl.float32)
     two = tl.zeros([BM, BN], tl.float32)
+    low = tl.zeros([BM, LOW], tl.float32)
+    lowest = tl.zeros([BM, LOW], tl.float32)
+    ranks = tl.arange(0, LOW)
     steps: tl.constexpr = (K + BK - 1) // BK
     even: tl.constexpr = K % BK == 0
     for step in range(steps):
@@ -88,7 +97,25 @@ def _products(
             else:
                 v = tl.load(W + second[:, None] * K + ks[None, :], mask=(ks < K)[None, :], other=0.0)
             two = tl.dot(x, tl.trans(v), two, input_precision="ieee")
-    return one, two
+        if RANK > 0:
+            some = (ranks < RANK)[:, None] & (ks < K)[None, :]
+            a = tl.load(DOWN + (lower * RANK + ranks)[:, None] * K + ks[None, :], mask=some, other=0.0)
+            low = tl.dot(x, tl.trans(a), low, input_precision="ieee")
+            if LOWS == 2:
+                b = tl.load(DOWN + (upper * RANK + ranks)[:, None] * K + ks[None, :], mask=some, other=0.0)
+                lowest = tl.dot(x, tl.trans(b), lowest, input_precision="ieee")
+    return one, two, low, lowest
+
+
+@triton.jit
+def _tailed(
+    acc, low, UP, columns, scout, tail_scale, RANK: tl.constexpr, LOW: tl.constexpr
+):  # fmt: skip
+    """A tile with the tail of weight rows `columns` added to its scout rows; low is what the down projection gave."""
+    ranks = tl.arange(0, LOW)
+    up = tl.load(UP + columns[:, None] * RANK + ranks[None, :], mask=(ranks < RANK)[None, :], other=0.0)
+    tail = tl.dot(low.to(up.dtype), tl.trans(up), input_precision="ieee")
+    return tl.where(scout[:, None], acc + tail_scale * tail, acc)
 
 
 @triton.jit
@@ -102,10 +129,10 @@ def _squares(SQUARES, rows, inside, PARTS: tl.constexpr):
 
 @triton.jit
 def _linear_kernel(
-    X, W, OUT, SQUARES, BIAS, RESIDUAL, GAMMA, SCALED, SQUARES_OUT, M, eps,
-    N: tl.constexpr, K: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PARTS: tl.constexpr,
-    HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr, FOLLOWED: tl.constexpr, SHIFT: tl.constexpr,
-    LINES: tl.constexpr, PDL: tl.constexpr,
+    X, W, OUT, SQUARES, BIAS, RESIDUAL, GAMMA, SCALED, SQUARES_OUT, DOWN, UP, M, eps, per, start, tail_scale, one_end,
+    two_end, N: tl.constexpr, K: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    PARTS: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr, FOLLOWED: tl.constexpr,
+    SHIFT: tl.constexpr, RANK: tl.constexpr, LOW: tl.constexpr, LINES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     rows = tl.program_id(0) * BM + tl.arange(0, BM)
     columns = tl.program_id(1) * BN + tl.arange(0, BN)
@@ -115,9 +142,17 @@ def _linear_kernel(
     enter_kernel(PDL)
     if PARTS > 0:
         squares = _squares(SQUARES, rows, inside, PARTS)
-    acc, _ = _products(X, W, rows, inside, weights, weights, K, BM, BN, BK, False)
+    begin = tl.program_id(1) * BN
+    part = (begin >= one_end).to(tl.int32) + (begin >= two_end).to(tl.int32)
+    acc, _, low, _ = _products(
+        X, W, DOWN, rows, inside, weights, weights, part, part, K, BM, BN, BK, False, RANK, LOW, 1
+    )  # fmt: skip
     if PARTS > 0:
-        acc *= tl.rsqrt(tl.sum(squares, 1) / K + eps)[:, None]
+        scale = tl.rsqrt(tl.sum(squares, 1) / K + eps)[:, None]
+        acc *= scale
+        low *= scale
+    if RANK > 0:
+        acc = _tailed(acc, low, UP, weights, rows % per >= start, tail_scale, RANK, LOW)
     if HAS_BIAS:
         acc += tl.load(BIAS + weights).to(tl.float32)[None, :]
     keep = inside[:, None] & (columns < N)[None, :]
@@ -147,21 +182,32 @@ def activate(gate, up, GELU: tl.constexpr):  # noqa: ANN201  # Triton's language
 
 @triton.jit
 def _pair(
-    X, W, SQUARES, BIAS, rows, inside, first, second, eps,
+    X, W, SQUARES, BIAS, DOWN, UP, rows, inside, first, second, lower, upper, eps, per, start, tail_scale,
     K: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PARTS: tl.constexpr,
-    HAS_BIAS: tl.constexpr, LINES: tl.constexpr, PDL: tl.constexpr,
+    HAS_BIAS: tl.constexpr, RANK: tl.constexpr, LOW: tl.constexpr, LOWS: tl.constexpr, LINES: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
-    """What every paired kernel begins with: norm(X) times weight rows `first` and `second`, with their biases."""
+    """What every paired kernel begins with: norm(X) times weight rows `first` and `second`, with tails and biases."""
     _prefetch(W, first, K, LINES)
     _prefetch(W, second, K, LINES)
     enter_kernel(PDL)
     if PARTS > 0:
         squares = _squares(SQUARES, rows, inside, PARTS)
-    one, two = _products(X, W, rows, inside, first, second, K, BM, BN, BK, True)
+    one, two, low, lowest = _products(
+        X, W, DOWN, rows, inside, first, second, lower, upper, K, BM, BN, BK, True, RANK, LOW, LOWS
+    )  # fmt: skip
     if PARTS > 0:
         scale = tl.rsqrt(tl.sum(squares, 1) / K + eps)[:, None]
         one *= scale
         two *= scale
+        low *= scale
+        lowest *= scale
+    if RANK > 0:
+        scout = rows % per >= start
+        one = _tailed(one, low, UP, first, scout, tail_scale, RANK, LOW)
+        if LOWS == 1:
+            lowest = low
+        two = _tailed(two, lowest, UP, second, scout, tail_scale, RANK, LOW)
     if HAS_BIAS:
         one += tl.load(BIAS + first).to(tl.float32)[None, :]
         two += tl.load(BIAS + second).to(tl.float32)[None, :]
@@ -170,9 +216,10 @@ def _pair(
 
 @triton.jit
 def _gated_kernel(
-    X, W, OUT, SQUARES, BIAS, M, eps,
+    X, W, OUT, SQUARES, BIAS, DOWN, UP, M, eps, per, start, tail_scale,
     N: tl.constexpr, K: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PARTS: tl.constexpr,
-    HAS_BIAS: tl.constexpr, GELU: tl.constexpr, LINES: tl.constexpr, PDL: tl.constexpr,
+    HAS_BIAS: tl.constexpr, GELU: tl.constexpr, RANK: tl.constexpr, LOW: tl.constexpr, LINES: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     rows = tl.program_id(0) * BM + tl.arange(0, BM)
     columns = tl.program_id(1) * BN + tl.arange(0, BN)
@@ -180,7 +227,8 @@ def _gated_kernel(
     gates = tl.minimum(columns, N - 1)
     ups = gates + N
     gate, up = _pair(
-        X, W, SQUARES, BIAS, rows, inside, gates, ups, eps, K, BM, BN, BK, PARTS, HAS_BIAS, LINES, PDL
+        X, W, SQUARES, BIAS, DOWN, UP, rows, inside, gates, ups, 0, 1, eps, per, start, tail_scale, K, BM, BN, BK,
+        PARTS, HAS_BIAS, RANK, LOW, 2, LINES, PDL,
     )  # fmt: skip
     keep = inside[:, None] & (columns < N)[None, :]
     at = rows[:, None].to(tl.int64) * N + columns[None, :]
@@ -189,10 +237,11 @@ def _gated_kernel(
 
 @triton.jit
 def _query_key_value_kernel(
-    X, W, QUERY, KEYS, VALUES, SQUARES, BIAS, COS, SIN, POSITIONS, LENGTHS, SLOTS, M, R, capacity, eps,
+    X, W, QUERY, KEYS, VALUES, SQUARES, BIAS, DOWN, UP, COS, SIN, POSITIONS, LENGTHS, SLOTS, M, R, capacity, eps,
+    start, tail_scale,
     HEADS: tl.constexpr, KEY_HEADS: tl.constexpr, SIZE: tl.constexpr,
     K: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PARTS: tl.constexpr,
-    HAS_BIAS: tl.constexpr, LINES: tl.constexpr, PDL: tl.constexpr,
+    HAS_BIAS: tl.constexpr, RANK: tl.constexpr, LOW: tl.constexpr, LINES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     half: tl.constexpr = SIZE // 2
     parts: tl.constexpr = half // BN
@@ -202,8 +251,10 @@ def _query_key_value_kernel(
     inside = rows < M
     first = head * SIZE + inner
     second = first + half
+    part = (head >= HEADS).to(tl.int32) + (head >= HEADS + KEY_HEADS).to(tl.int32)
     one, two = _pair(
-        X, W, SQUARES, BIAS, rows, inside, first, second, eps, K, BM, BN, BK, PARTS, HAS_BIAS, LINES, PDL
+        X, W, SQUARES, BIAS, DOWN, UP, rows, inside, first, second, part, part, eps, R, start, tail_scale, K, BM, BN,
+        BK, PARTS, HAS_BIAS, RANK, LOW, 1, LINES, PDL,
     )  # fmt: skip
     keep = inside[:, None]
     if head < HEADS + KEY_HEADS:
@@ -248,7 +299,10 @@ class Follow:
     shift: float
 
 
-def _common(weight: Tensor, tile: Tile, pdl: bool, halves: int, squares: Tensor | None) -> dict[str, Any]:
+def _common(
+    weight: Tensor, tile: Tile, pdl: bool, halves: int, squares: Tensor | None, tailed: TailRows | None
+) -> dict[str, Any]:
+    rank = 0 if tailed is None else tailed.tail.rank
     depth = min(tile.depth, max(16, triton.next_power_of_2(weight.shape[1])))
     lines = triton.cdiv(weight.shape[1] * weight.element_size(), 128)
     pdl = pdl and tile.early
@@ -258,12 +312,21 @@ def _common(weight: Tensor, tile: Tile, pdl: bool, halves: int, squares: Tensor 
         "BM": TILE_ROWS,
         "BK": depth,
         "PARTS": squares.shape[1] if squares is not None else 0,
+        "RANK": rank,
+        "LOW": max(16, triton.next_power_of_2(rank)),
         "LINES": triton.next_power_of_2(min(lines, most)) if pdl else 0,
         "PDL": pdl,
         **launch_options(pdl),
         "num_warps": tile.warps,
         "num_stages": tile.stages,
     }
+
+
+def _gate(tailed: TailRows | None) -> tuple[Any, ...]:
+    """Down, up; rows per request, the first with a tail, its factor."""
+    if tailed is None:
+        return None, None, 1, 0, 0.0
+    return tailed.tail.down, tailed.tail.up, tailed.per, tailed.start, tailed.tail.scale
 
 
 def _taken(x: Tensor | Scaled) -> tuple[Tensor, Tensor | None]:
@@ -278,37 +341,48 @@ def linear(
     residual: Tensor | None = None,
     follow: Follow | None = None,
     eps: float = 0.0,
+    tailed: TailRows | None = None,
     pdl: bool = False,
 ) -> tuple[Tensor, Scaled | None]:
-    """norm(x) [M, K] @ weight.T + bias + residual -> [M, N]; with `follow`, also scaled for the norm behind it."""
+    """norm(x) [M, K] @ weight.T + tail + bias + residual -> [M, N]; with `follow`, also scaled for the norm behind."""
     source, squares = _taken(x)
     weight, bias = projection.weight, projection.bias
     rows, count = source.shape[0], weight.shape[0]
     out = source.new_empty(rows, count)
     pieces = triton.cdiv(count, tile.columns)
+    down, up, *gate = _gate(tailed)
+    ends = (count, count) if tailed is None else tailed.tail.ends
     scaled = None
     if follow is not None:
         scaled = Scaled(torch.empty_like(out), torch.empty(rows, pieces, dtype=torch.float32, device=out.device))
     _linear_kernel[(triton.cdiv(rows, TILE_ROWS), pieces)](
         source, weight, out, squares, bias, residual, follow.gamma if follow else None,
-        scaled.rows if scaled else None, scaled.squares if scaled else None, rows, eps, N=count, BN=tile.columns,
-        HAS_BIAS=bias is not None, HAS_RESIDUAL=residual is not None, FOLLOWED=follow is not None,
-        SHIFT=follow.shift if follow else 0.0, **_common(weight, tile, pdl, 1, squares),
+        scaled.rows if scaled else None, scaled.squares if scaled else None, down, up, rows, eps, *gate, *ends, N=count,
+        BN=tile.columns, HAS_BIAS=bias is not None, HAS_RESIDUAL=residual is not None, FOLLOWED=follow is not None,
+        SHIFT=follow.shift if follow else 0.0, **_common(weight, tile, pdl, 1, squares, tailed),
     )  # fmt: skip
     return out, scaled
 
 
 def gated_linear(
-    x: Tensor | Scaled, projection: Projection, *, tile: Tile, gelu: bool, eps: float = 0.0, pdl: bool = False
+    x: Tensor | Scaled,
+    projection: Projection,
+    *,
+    tile: Tile,
+    gelu: bool,
+    eps: float = 0.0,
+    tailed: TailRows | None = None,
+    pdl: bool = False,
 ) -> Tensor:
-    """act(norm(x) @ gate.T) * (norm(x) @ up.T) -> [M, N], weight [2N, K] holding gate above up."""
+    """act(norm(x) @ gate.T) * (norm(x) @ up.T) -> [M, N], each with its tail; weight [2N, K] holds gate above up."""
     source, squares = _taken(x)
     weight, bias = projection.weight, projection.bias
     rows, count = source.shape[0], weight.shape[0] // 2
     out = source.new_empty(rows, count)
+    down, up, *gate = _gate(tailed)
     _gated_kernel[(triton.cdiv(rows, TILE_ROWS), triton.cdiv(count, tile.columns))](
-        source, weight, out, squares, bias, rows, eps, N=count, BN=tile.columns, HAS_BIAS=bias is not None, GELU=gelu,
-        **_common(weight, tile, pdl, 2, squares),
+        source, weight, out, squares, bias, down, up, rows, eps, *gate, N=count, BN=tile.columns,
+        HAS_BIAS=bias is not None, GELU=gelu, **_common(weight, tile, pdl, 2, squares, tailed),
     )  # fmt: skip
     return out
 
@@ -326,9 +400,10 @@ def query_key_value(
     *,
     tile: Tile,
     eps: float,
+    tailed: TailRows | None = None,
     pdl: bool = False,
 ) -> None:
-    """Norm, project, rotate; queries [M, heads, size] out, keys and values behind each request's length in the cache.
+    """Norm, project with tails, rotate; queries [M, heads, size] out, keys and values behind each request's length.
 
     keys, values: [slots, key heads, capacity, size]; positions: [M]; lengths, slots: [B], with M = B * R rows.
     """
@@ -337,10 +412,12 @@ def query_key_value(
     size, heads, key_heads = query.shape[-1], query.shape[1], keys.shape[1]
     columns = min(tile.columns, (size // 2) & -(size // 2))
     rows = source.shape[0]
+    down, up, per, start, factor = _gate(tailed)
+    assert tailed is None or per == rows // lengths.shape[0]
     _query_key_value_kernel[(triton.cdiv(rows, TILE_ROWS), (heads + 2 * key_heads) * (size // 2 // columns))](
-        source, weight, query, keys, values, squares, bias, rotary[0], rotary[1], positions, lengths, slots, rows,
-        rows // lengths.shape[0], keys.shape[2], eps, HEADS=heads, KEY_HEADS=key_heads, SIZE=size, BN=columns,
-        HAS_BIAS=bias is not None, **_common(weight, tile, pdl, 2, squares),
+        source, weight, query, keys, values, squares, bias, down, up, rotary[0], rotary[1], positions, lengths, slots,
+        rows, rows // lengths.shape[0], keys.shape[2], eps, start, factor, HEADS=heads, KEY_HEADS=key_heads, SIZE=size,
+        BN=columns, HAS_BIAS=bias is not None, **_common(weight, tile, pdl, 2, squares, tailed),
     )  # fmt: skip
 
 
