@@ -346,7 +346,7 @@ def round_parts(name: str, target: Target, specs: list[str], new: int = 200) -> 
             graphs = target.captured.capture.graphs
             engine.timing = timing = Timing()
             outputs = engine.generate([prompt] * batch, **options)
-            wall = statistics.median(o.stats.decode_ms for o in outputs) / timing.rounds
+            wall = statistics.median(o.stats.decode_ms / len(o.rounds_detail) for o in outputs)
             parts = {part: getattr(timing, part) / timing.rounds for part in ("draft_ms", "pass_ms", "walk_ms")}
             row = {"model": name, "drafter": spec, "law": law, "batch": batch, **parts,
                    "round_ms": wall, "host_ms": wall - sum(parts.values()), "outside_pass": 1 - parts["pass_ms"] / wall,
@@ -445,7 +445,7 @@ def main() -> None:
     about = {
         "device": torch.cuda.get_device_name(), "copy_bytes_per_second": rate, "torch": torch.__version__,
         "transformers": transformers.__version__,
-        "command": f"--section {options.section} --model {options.model} --shapes {options.shapes}",
+        "command": " ".join(sys.argv[1:]),
     }  # fmt: skip
     print(json.dumps(about), flush=True)
     result: dict[str, Any] = {"about": about}

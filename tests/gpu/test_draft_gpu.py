@@ -11,6 +11,7 @@ from outpace.drafters.eagle import Eagle, Eagle2, Eagle3
 from outpace.drafters.growth import DEFAULT_PATHS
 from outpace.drafters.medusa import Medusa
 from outpace.drafters.mtp import MTP, MTPHeads
+from outpace.drafters.ptp import Ptp
 from outpace.laws import Noise, NoiseDice, Sampler, Settings
 from outpace.target import Target
 from spies import paths_laid, served, trees_proposed
@@ -32,7 +33,10 @@ MAKERS = {
     "mtp": lambda: MTP(draft_len=4, branches=2, nodes=8, vocabulary=0),
     "mtp_heads": lambda: MTPHeads(heads=2, nodes=6, vocabulary=30),
     "medusa": lambda: Medusa(heads=2, nodes=6, vocabulary=30),
+    "ptp": lambda: Ptp(**SLOTS, branches=3, nodes=12, budget=9, vocabulary=30),
+    "ptp chain": lambda: Ptp(**SLOTS, branches=1, nodes=4, budget=60),
 }
+SLOTS = {"mode": "mask", "sampler": "eagle", "slots": 4, "rank": 5}
 
 
 @pytest.fixture(autouse=True)
@@ -116,7 +120,7 @@ def test_requests_join_and_leave_captured_drafts(target, name, temperature):
         assert served(engine, PROMPTS, lengths, **options) == wanted
 
 
-@pytest.mark.parametrize("name", ["eagle3", "mtp_heads", "medusa"])
+@pytest.mark.parametrize("name", ["eagle3", "mtp_heads", "medusa", "ptp"])
 def test_steady_state_captures_nothing(target, name):
     engine = Engine(target, awake(MAKERS[name](), target), path="fast", stand_down=False)
     options = {"max_new_tokens": 60, "ignore_eos": True}

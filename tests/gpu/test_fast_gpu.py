@@ -3,6 +3,8 @@
 import copy
 import gc
 import math
+from contextlib import nullcontext
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -10,7 +12,7 @@ import torch
 
 from outpace import Engine
 from outpace.laws import Tree
-from outpace.target import Block, Scouts, Target
+from outpace.target import Block, GatedLoRA, Scouts, Target
 from tiny import FAMILIES, PROMPTS, make_model
 
 pytestmark = [
@@ -69,12 +71,8 @@ def test_prefill_in_chunks_gives_the_modules_cache(small):
 
 
 @torch.inference_mode()
-@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("gated", ["", "some", "all"])
 def test_scouts_give_the_modules_logits_and_leave_main_rows_alone(small, gated):
-    from contextlib import nullcontext
-
-    from outpace.target import GatedLoRA
-
     cache = filled(small, [PROMPTS[0], PROMPTS[4]])
     block = Block.of([9, 11], TREES, cache.lengths, small.device)
     rows, count = block.rows, 4
@@ -82,7 +80,8 @@ def test_scouts_give_the_modules_logits_and_leave_main_rows_alone(small, gated):
     sees[:, :, 0] = True
     sees[:, :, rows:] = torch.ones(count, count, dtype=torch.bool, device="cuda").tril()
     positions = block.positions[:, :1] + 1 + torch.arange(count, device="cuda")
-    adapter = GatedLoRA.for_layers(small.model, ("q_proj", "qkv_proj", "down_proj", "o_proj", "up_proj"), 4).cuda()
+    some = GatedLoRA.for_layers(small.model, ("q_proj", "qkv_proj", "down_proj", "o_proj", "up_proj"), 4)
+    adapter = (GatedLoRA.for_all_layers(small.model, 4) if gated == "all" else some).cuda()
     for up in adapter.up.values():
         torch.nn.init.normal_(up, std=0.5)
     embeds = torch.randn(2, count, small.hidden_size, device="cuda")
@@ -90,8 +89,6 @@ def test_scouts_give_the_modules_logits_and_leave_main_rows_alone(small, gated):
     plain = small.run(block, cache).logits
     cache.drop()
     with small.adapted(adapter) if gated else nullcontext():
-        from dataclasses import replace
-
         wanted = small.through("readable").run(replace(block, scouts=scouts), cache)
         cache.drop()
         found = small.run(replace(block, scouts=scouts), cache)
@@ -177,6 +174,30 @@ def test_a_row_has_the_same_bits_whatever_rides_beside_it(wide):
     read = wide.run(Block.of([chain[0]], [tree], cache.lengths[:1], wide.device), cache).logits
     cache.drop()
     assert torch.equal(read[:, :8], kept)
+
+
+@torch.inference_mode()
+def test_main_rows_have_the_same_bits_beside_rows_with_an_adapter(wide):
+    """In bfloat16, where tails are part of the products."""
+    adapter = GatedLoRA.for_all_layers(wide.model, 16).to("cuda", torch.bfloat16)
+    for up in adapter.up.values():
+        torch.nn.init.normal_(up, std=0.1)
+    cache = wide.new_cache(slots=2)
+    for slot in range(2):
+        wide.prefill([i * 13 % 512 for i in range(200 - 60 * slot)], cache, slot=slot)
+    block = Block.chain([[9, 5, 6, 7]] * 2, cache.lengths, wide.device)
+    plain = wide.run(block, cache, taps=["post_norm"])
+    cache.drop()
+    for count in (1, 9, 20):
+        sees = torch.ones(2, count, 4 + count, dtype=torch.bool, device="cuda").tril(4)
+        positions = block.positions[:, -1:] + 1 + torch.arange(count, device="cuda")
+        embeds = torch.randn(2, count, wide.hidden_size, device="cuda", dtype=torch.bfloat16)
+        scouts = Scouts(positions, sees, embeds=embeds, adapter=adapter, logits=False)
+        with wide.adapted(adapter):
+            found = wide.run(replace(block, scouts=scouts), cache, taps=["post_norm"])
+        cache.drop()
+        assert torch.equal(found.logits, plain.logits), count
+        assert torch.equal(found.taps["post_norm"][:, :4], plain.taps["post_norm"]), count
 
 
 @torch.inference_mode()

@@ -160,7 +160,7 @@ class FusedDraft(FollowingDraft):
         """See `DeviceDraft`."""
         if not self.fused(batch):
             return super().draft(key, batch, draws, warm=warm)
-        tokens, parents, _ = self._drafted(_Run(self, key, batch, draws, None), warm=warm)
+        tokens, parents, _ = self._drafted(_Run(self, key, batch, draws), warm=warm)
         return tokens, parents
 
     def draft_hearing(
@@ -180,7 +180,9 @@ class FusedDraft(FollowingDraft):
 class _Run:
     """One draft: what its levels share."""
 
-    def __init__(self, draft: FusedDraft, key: DraftKey, batch: int, draws: Draws | None, ear: Ear | None) -> None:
+    def __init__(
+        self, draft: FusedDraft, key: DraftKey, batch: int, draws: Draws | None, ear: Ear | None = None
+    ) -> None:
         self.draft, self.plan, self.tree, self.batch, self.draws = draft, draft.plan, draft.tree, batch, draws
         self.cache, self.net, self.ear = draft.drafter.cache, draft.drafter.module, ear
         self.top = self.cache.top[:batch]  # what the root's children are drafted from
