@@ -453,6 +453,7 @@ class TestParts:
         suite = write_suite({task: [[f"{task}{i}"] for i in range(8)] for task in "abcd"})
         blocks = [plan(replace(self.CONFIG, part=(k + 1, parts)), suite) for k in range(parts)]
         assert len({(b.cell, b.unit) for one in blocks for b in one}) == sum(map(len, blocks)) == 64
+        assert max(map(len, blocks)) - min(map(len, blocks)) <= 2
         for one in blocks:
             assert {(b.cell.temperature, b.unit[0].task) for b in one} == {(t, k) for t in (0.0, 1.0) for k in "abcd"}
 

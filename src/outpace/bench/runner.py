@@ -47,16 +47,10 @@ class Block:
 
 
 def _part(units: Sequence[tuple[Question, ...]], part: int, parts: int) -> list[tuple[Question, ...]]:
-    """Those of one part: every task's are dealt out in turns, each task beginning with another part."""
-    dealt: dict[str, int] = {}
-    found = []
-    for unit in units:
-        task = unit[0].task
-        turn = dealt.setdefault(task, len(dealt))
-        dealt[task] = turn + 1
-        if turn % parts == part - 1:
-            found.append(unit)
-    return found
+    """Those of one part, in order: units are dealt out task by task, so that parts differ by one unit at most."""
+    tasks = list(dict.fromkeys(unit[0].task for unit in units))
+    dealt = sorted(range(len(units)), key=lambda i: tasks.index(units[i][0].task))
+    return [units[i] for i in sorted(dealt[part - 1 :: parts])]
 
 
 @dataclass(slots=True)
