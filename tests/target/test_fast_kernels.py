@@ -63,7 +63,8 @@ def test_a_ragged_tree_gives_the_modules_numbers(name, few, monkeypatch):
 @pytest.mark.parametrize("few", [True, False], ids=["fused", "rows"])
 @pytest.mark.parametrize(
     ("name", "layers", "taken"),
-    [("llama", "all", True), ("olmo2", "all", True), ("qwen2", ("q_proj", "k_proj", "v_proj", "down_proj"), True),
+    [("llama", "all", True), ("olmo2", "all", True), ("phi3", "all", True),
+     ("qwen2", ("q_proj", "k_proj", "v_proj", "down_proj"), True),
      ("llama", ("q_proj", "up_proj", "down_proj"), False)],
 )  # fmt: skip
 def test_scouts_take_the_adapters_tails_and_main_rows_do_not(name, layers, taken, few, monkeypatch):

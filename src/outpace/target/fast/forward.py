@@ -210,7 +210,8 @@ class _LayerRun:
         self.workspace = workspace
         self.adapter = adapter
         self.few = inputs.batch * inputs.rows <= few_rows(self.plan)
-        self.tails = forward.tails(adapter) if self.few else None
+        tails = forward.tails(adapter)  # by every pass: making them moves weights that later ones have captured
+        self.tails = tails if self.few else None
         self.folds = self.tails is not None
 
     def begin(self, hidden: Tensor, gamma: Tensor | None) -> _Stream:

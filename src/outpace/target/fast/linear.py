@@ -108,6 +108,12 @@ def _products(
 
 
 @triton.jit
+def _part(row, one_end, two_end):
+    """Which part of a joined product a weight row belongs to."""
+    return (row >= one_end).to(tl.int32) + (row >= two_end).to(tl.int32)
+
+
+@triton.jit
 def _tailed(
     acc, low, UP, columns, scout, tail_scale, RANK: tl.constexpr, LOW: tl.constexpr
 ):  # fmt: skip
@@ -142,8 +148,7 @@ def _linear_kernel(
     enter_kernel(PDL)
     if PARTS > 0:
         squares = _squares(SQUARES, rows, inside, PARTS)
-    begin = tl.program_id(1) * BN
-    part = (begin >= one_end).to(tl.int32) + (begin >= two_end).to(tl.int32)
+    part = _part(tl.program_id(1) * BN, one_end, two_end)
     acc, _, low, _ = _products(
         X, W, DOWN, rows, inside, weights, weights, part, part, K, BM, BN, BK, False, RANK, LOW, 1
     )  # fmt: skip
@@ -216,7 +221,7 @@ def _pair(
 
 @triton.jit
 def _gated_kernel(
-    X, W, OUT, SQUARES, BIAS, DOWN, UP, M, eps, per, start, tail_scale,
+    X, W, OUT, SQUARES, BIAS, DOWN, UP, M, eps, per, start, tail_scale, one_end, two_end,
     N: tl.constexpr, K: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PARTS: tl.constexpr,
     HAS_BIAS: tl.constexpr, GELU: tl.constexpr, RANK: tl.constexpr, LOW: tl.constexpr, LINES: tl.constexpr,
     PDL: tl.constexpr,
@@ -226,9 +231,11 @@ def _gated_kernel(
     inside = rows < M
     gates = tl.minimum(columns, N - 1)
     ups = gates + N
+    first = tl.program_id(1) * BN
+    lower, upper = _part(first, one_end, two_end), _part(first + N, one_end, two_end)
     gate, up = _pair(
-        X, W, SQUARES, BIAS, DOWN, UP, rows, inside, gates, ups, 0, 1, eps, per, start, tail_scale, K, BM, BN, BK,
-        PARTS, HAS_BIAS, RANK, LOW, 2, LINES, PDL,
+        X, W, SQUARES, BIAS, DOWN, UP, rows, inside, gates, ups, lower, upper, eps, per, start, tail_scale, K, BM, BN,
+        BK, PARTS, HAS_BIAS, RANK, LOW, 2, LINES, PDL,
     )  # fmt: skip
     keep = inside[:, None] & (columns < N)[None, :]
     at = rows[:, None].to(tl.int64) * N + columns[None, :]
@@ -238,7 +245,7 @@ def _gated_kernel(
 @triton.jit
 def _query_key_value_kernel(
     X, W, QUERY, KEYS, VALUES, SQUARES, BIAS, DOWN, UP, COS, SIN, POSITIONS, LENGTHS, SLOTS, M, R, capacity, eps,
-    start, tail_scale,
+    start, tail_scale, one_end, two_end,
     HEADS: tl.constexpr, KEY_HEADS: tl.constexpr, SIZE: tl.constexpr,
     K: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PARTS: tl.constexpr,
     HAS_BIAS: tl.constexpr, RANK: tl.constexpr, LOW: tl.constexpr, LINES: tl.constexpr, PDL: tl.constexpr,
@@ -251,7 +258,7 @@ def _query_key_value_kernel(
     inside = rows < M
     first = head * SIZE + inner
     second = first + half
-    part = (head >= HEADS).to(tl.int32) + (head >= HEADS + KEY_HEADS).to(tl.int32)
+    part = _part(head * SIZE, one_end, two_end)
     one, two = _pair(
         X, W, SQUARES, BIAS, DOWN, UP, rows, inside, first, second, part, part, eps, R, start, tail_scale, K, BM, BN,
         BK, PARTS, HAS_BIAS, RANK, LOW, 1, LINES, PDL,
@@ -323,10 +330,11 @@ def _common(
 
 
 def _gate(tailed: TailRows | None) -> tuple[Any, ...]:
-    """Down, up; rows per request, the first with a tail, its factor."""
+    """Down, up; rows per request, the first with a tail, its factor, where its second and third part begin."""
     if tailed is None:
-        return None, None, 1, 0, 0.0
-    return tailed.tail.down, tailed.tail.up, tailed.per, tailed.start, tailed.tail.scale
+        return None, None, 1, 0, 0.0, 0, 0
+    tail = tailed.tail
+    return tail.down, tail.up, tailed.per, tailed.start, tail.scale, *tail.ends
 
 
 def _taken(x: Tensor | Scaled) -> tuple[Tensor, Tensor | None]:
@@ -351,13 +359,12 @@ def linear(
     out = source.new_empty(rows, count)
     pieces = triton.cdiv(count, tile.columns)
     down, up, *gate = _gate(tailed)
-    ends = (count, count) if tailed is None else tailed.tail.ends
     scaled = None
     if follow is not None:
         scaled = Scaled(torch.empty_like(out), torch.empty(rows, pieces, dtype=torch.float32, device=out.device))
     _linear_kernel[(triton.cdiv(rows, TILE_ROWS), pieces)](
         source, weight, out, squares, bias, residual, follow.gamma if follow else None,
-        scaled.rows if scaled else None, scaled.squares if scaled else None, down, up, rows, eps, *gate, *ends, N=count,
+        scaled.rows if scaled else None, scaled.squares if scaled else None, down, up, rows, eps, *gate, N=count,
         BN=tile.columns, HAS_BIAS=bias is not None, HAS_RESIDUAL=residual is not None, FOLLOWED=follow is not None,
         SHIFT=follow.shift if follow else 0.0, **_common(weight, tile, pdl, 1, squares, tailed),
     )  # fmt: skip
@@ -412,11 +419,11 @@ def query_key_value(
     size, heads, key_heads = query.shape[-1], query.shape[1], keys.shape[1]
     columns = min(tile.columns, (size // 2) & -(size // 2))
     rows = source.shape[0]
-    down, up, per, start, factor = _gate(tailed)
+    down, up, per, *gate = _gate(tailed)
     assert tailed is None or per == rows // lengths.shape[0]
     _query_key_value_kernel[(triton.cdiv(rows, TILE_ROWS), (heads + 2 * key_heads) * (size // 2 // columns))](
         source, weight, query, keys, values, squares, bias, down, up, rotary[0], rotary[1], positions, lengths, slots,
-        rows, rows // lengths.shape[0], keys.shape[2], eps, start, factor, HEADS=heads, KEY_HEADS=key_heads, SIZE=size,
+        rows, rows // lengths.shape[0], keys.shape[2], eps, *gate, HEADS=heads, KEY_HEADS=key_heads, SIZE=size,
         BN=columns, HAS_BIAS=bias is not None, **_common(weight, tile, pdl, 2, squares, tailed),
     )  # fmt: skip
 
