@@ -6,8 +6,8 @@ Three kernels share one inner loop. A row's result does not depend on how many r
 - RMS norm in front. What writes the residual stream also writes it times gamma, and each program the squares of its
   columns; the product takes the former and multiplies its result by 1 / rms, from the latter.
 - Rotary embedding and the cache write, the gated activation, bias and residual behind.
-- Low-rank tails of an adapter (`tails`), added to the scout rows of a tile: their down projection rides along in the
-  loop over K, and a row without a tail keeps the sum it has without an adapter.
+- Low-rank tails of an adapter (`tails`), added to the scout rows of a tile; a small kernel in front has multiplied by
+  the down projections. A row without a tail keeps the sum it has without an adapter.
 
 Sums are float32 and rounded once, at the store; the modules of transformers round more often (after the norm, before
 rotary, before the activation), so the two agree up to rounding.
@@ -22,7 +22,7 @@ rotary, before the activation), so the two agree up to rounding.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 import torch
 import triton
@@ -37,6 +37,8 @@ if TYPE_CHECKING:
     from outpace.target.fast.tails import TailRows
 
 
+_LOW_DEPTH: Final = 128  # columns of a step of a down projection
+_MOST_PIECES: Final = 16
 TILE_ROWS: Final = 32  # of every program: a row's sums are then laid out alike in every pass
 
 
@@ -68,18 +70,12 @@ def _prefetch(W, wrows, K: tl.constexpr, LINES: tl.constexpr):
 
 @triton.jit
 def _products(
-    X, W, DOWN, rows, inside, first, second, lower, upper, K: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-    BK: tl.constexpr, PAIR: tl.constexpr, RANK: tl.constexpr, LOW: tl.constexpr, LOWS: tl.constexpr,
+    X, W, rows, inside, first, second, K: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    PAIR: tl.constexpr,
 ):  # fmt: skip
-    """Rows of X times weight rows `first` (and `second`): two [BM, BN] float32 tiles.
-
-    And, times the down projections of parts `lower` (and `upper`, where LOWS is 2), two [BM, LOW] ones.
-    """
+    """Rows of X times weight rows `first` (and `second`): two [BM, BN] float32 tiles."""
     one = tl.zeros([BM, BN], tl.float32)
     two = tl.zeros([BM, BN], tl.float32)
-    low = tl.zeros([BM, LOW], tl.float32)
-    lowest = tl.zeros([BM, LOW], tl.float32)
-    ranks = tl.arange(0, LOW)
     steps: tl.constexpr = (K + BK - 1) // BK
     even: tl.constexpr = K % BK == 0
     for step in range(steps):
@@ -97,31 +93,32 @@ def _products(
             else:
                 v = tl.load(W + second[:, None] * K + ks[None, :], mask=(ks < K)[None, :], other=0.0)
             two = tl.dot(x, tl.trans(v), two, input_precision="ieee")
-        if RANK > 0:
-            some = (ranks < RANK)[:, None] & (ks < K)[None, :]
-            a = tl.load(DOWN + (lower * RANK + ranks)[:, None] * K + ks[None, :], mask=some, other=0.0)
-            low = tl.dot(x, tl.trans(a), low, input_precision="ieee")
-            if LOWS == 2:
-                b = tl.load(DOWN + (upper * RANK + ranks)[:, None] * K + ks[None, :], mask=some, other=0.0)
-                lowest = tl.dot(x, tl.trans(b), lowest, input_precision="ieee")
-    return one, two, low, lowest
+    return one, two
 
 
 @triton.jit
-def _part(row, one_end, two_end):
-    """Which part of a joined product a weight row belongs to."""
-    return (row >= one_end).to(tl.int32) + (row >= two_end).to(tl.int32)
-
-
-@triton.jit
-def _tailed(
-    acc, low, UP, columns, scout, tail_scale, RANK: tl.constexpr, LOW: tl.constexpr
+def _low_kernel(
+    X, DOWN, LOWS, per, start, scouts, parts, K: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, STEPS: tl.constexpr,
+    RANK: tl.constexpr, LOW: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """A tile with the tail of weight rows `columns` added to its scout rows; low is what the down projection gave."""
+    """A piece of K of the down projections of one part: LOWS [pieces, parts, scouts, LOW] float32."""
+    scout = tl.program_id(0) * BM + tl.arange(0, BM)
+    part = tl.program_id(1)
+    piece = tl.program_id(2)
+    inside = scout < scouts
+    many = per - start
+    rows = scout // many * per + start + scout % many
     ranks = tl.arange(0, LOW)
-    up = tl.load(UP + columns[:, None] * RANK + ranks[None, :], mask=(ranks < RANK)[None, :], other=0.0)
-    tail = tl.dot(low.to(up.dtype), tl.trans(up), input_precision="ieee")
-    return tl.where(scout[:, None], acc + tail_scale * tail, acc)
+    enter_kernel(PDL)
+    low = tl.zeros([BM, LOW], tl.float32)
+    for step in range(STEPS):
+        ks = (piece * STEPS + step) * BK + tl.arange(0, BK)
+        x = tl.load(X + rows[:, None] * K + ks[None, :], mask=inside[:, None] & (ks < K)[None, :], other=0.0)
+        some = (ranks < RANK)[:, None] & (ks < K)[None, :]
+        down = tl.load(DOWN + (part * RANK + ranks)[:, None] * K + ks[None, :], mask=some, other=0.0)
+        low = tl.dot(x, tl.trans(down), low, input_precision="ieee")
+    to = ((piece * parts + part) * scouts + scout)[:, None] * LOW + ranks[None, :]
+    tl.store(LOWS + to, low, mask=inside[:, None])
 
 
 @triton.jit
@@ -134,11 +131,39 @@ def _squares(SQUARES, rows, inside, PARTS: tl.constexpr):
 
 
 @triton.jit
+def _part(row, one_end, two_end):
+    """Which part of a joined product a weight row belongs to."""
+    return (row >= one_end).to(tl.int32) + (row >= two_end).to(tl.int32)
+
+
+@triton.jit
+def _tailed(
+    acc, LOWS, UP, rows, inside, columns, part, scale, per, start, scouts, tails, tail_scale,
+    BM: tl.constexpr, RANK: tl.constexpr, LOW: tl.constexpr, PIECES: tl.constexpr,
+):  # fmt: skip
+    """A tile with the tail of weight rows `columns` added to its scout rows; scale: of every row, as of the product."""
+    within = rows % per
+    scout = (within >= start) & inside
+    at = rows // per * (per - start) + within - start
+    ranks = tl.arange(0, LOW)
+    low = tl.zeros([BM, LOW], tl.float32)
+    for piece in range(PIECES):
+        place = ((piece * tails + part) * scouts + at)[:, None] * LOW + ranks[None, :]
+        low += tl.load(LOWS + place, mask=scout[:, None], other=0.0)
+    low *= scale
+    up = tl.load(UP + columns[:, None] * RANK + ranks[None, :], mask=(ranks < RANK)[None, :], other=0.0)
+    tail = tl.dot(low.to(up.dtype), tl.trans(up), input_precision="ieee")
+    return tl.where(scout[:, None], acc + tail_scale * tail, acc)
+
+
+@triton.jit
 def _linear_kernel(
-    X, W, OUT, SQUARES, BIAS, RESIDUAL, GAMMA, SCALED, SQUARES_OUT, DOWN, UP, M, eps, per, start, tail_scale, one_end,
-    two_end, N: tl.constexpr, K: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
-    PARTS: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr, FOLLOWED: tl.constexpr,
-    SHIFT: tl.constexpr, RANK: tl.constexpr, LOW: tl.constexpr, LINES: tl.constexpr, PDL: tl.constexpr,
+    X, W, OUT, SQUARES, BIAS, RESIDUAL, GAMMA, SCALED, SQUARES_OUT, LOWS, UP, M, eps, per, start, scouts,
+    tails, tail_scale, one_end, two_end,
+    N: tl.constexpr, K: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PARTS: tl.constexpr,
+    HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr, FOLLOWED: tl.constexpr,
+    SHIFT: tl.constexpr, RANK: tl.constexpr, LOW: tl.constexpr, PIECES: tl.constexpr, LINES: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     rows = tl.program_id(0) * BM + tl.arange(0, BM)
     columns = tl.program_id(1) * BN + tl.arange(0, BN)
@@ -148,16 +173,17 @@ def _linear_kernel(
     enter_kernel(PDL)
     if PARTS > 0:
         squares = _squares(SQUARES, rows, inside, PARTS)
-    part = _part(tl.program_id(1) * BN, one_end, two_end)
-    acc, _, low, _ = _products(
-        X, W, DOWN, rows, inside, weights, weights, part, part, K, BM, BN, BK, False, RANK, LOW, 1
-    )  # fmt: skip
+    acc, _ = _products(X, W, rows, inside, weights, weights, K, BM, BN, BK, False)
+    scale = 1.0
     if PARTS > 0:
         scale = tl.rsqrt(tl.sum(squares, 1) / K + eps)[:, None]
         acc *= scale
-        low *= scale
     if RANK > 0:
-        acc = _tailed(acc, low, UP, weights, rows % per >= start, tail_scale, RANK, LOW)
+        part = _part(tl.program_id(1) * BN, one_end, two_end)
+        acc = _tailed(
+            acc, LOWS, UP, rows, inside, weights, part, scale, per, start, scouts, tails, tail_scale, BM, RANK, LOW,
+            PIECES,
+        )  # fmt: skip
     if HAS_BIAS:
         acc += tl.load(BIAS + weights).to(tl.float32)[None, :]
     keep = inside[:, None] & (columns < N)[None, :]
@@ -187,9 +213,10 @@ def activate(gate, up, GELU: tl.constexpr):  # noqa: ANN201  # Triton's language
 
 @triton.jit
 def _pair(
-    X, W, SQUARES, BIAS, DOWN, UP, rows, inside, first, second, lower, upper, eps, per, start, tail_scale,
+    X, W, SQUARES, BIAS, LOWS, UP, rows, inside, first, second, lower, upper, eps, per, start, scouts, tails,
+    tail_scale,
     K: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PARTS: tl.constexpr,
-    HAS_BIAS: tl.constexpr, RANK: tl.constexpr, LOW: tl.constexpr, LOWS: tl.constexpr, LINES: tl.constexpr,
+    HAS_BIAS: tl.constexpr, RANK: tl.constexpr, LOW: tl.constexpr, PIECES: tl.constexpr, LINES: tl.constexpr,
     PDL: tl.constexpr,
 ):  # fmt: skip
     """What every paired kernel begins with: norm(X) times weight rows `first` and `second`, with tails and biases."""
@@ -198,21 +225,21 @@ def _pair(
     enter_kernel(PDL)
     if PARTS > 0:
         squares = _squares(SQUARES, rows, inside, PARTS)
-    one, two, low, lowest = _products(
-        X, W, DOWN, rows, inside, first, second, lower, upper, K, BM, BN, BK, True, RANK, LOW, LOWS
-    )  # fmt: skip
+    one, two = _products(X, W, rows, inside, first, second, K, BM, BN, BK, True)
+    scale = 1.0
     if PARTS > 0:
         scale = tl.rsqrt(tl.sum(squares, 1) / K + eps)[:, None]
         one *= scale
         two *= scale
-        low *= scale
-        lowest *= scale
     if RANK > 0:
-        scout = rows % per >= start
-        one = _tailed(one, low, UP, first, scout, tail_scale, RANK, LOW)
-        if LOWS == 1:
-            lowest = low
-        two = _tailed(two, lowest, UP, second, scout, tail_scale, RANK, LOW)
+        one = _tailed(
+            one, LOWS, UP, rows, inside, first, lower, scale, per, start, scouts, tails, tail_scale, BM, RANK, LOW,
+            PIECES,
+        )  # fmt: skip
+        two = _tailed(
+            two, LOWS, UP, rows, inside, second, upper, scale, per, start, scouts, tails, tail_scale, BM, RANK, LOW,
+            PIECES,
+        )  # fmt: skip
     if HAS_BIAS:
         one += tl.load(BIAS + first).to(tl.float32)[None, :]
         two += tl.load(BIAS + second).to(tl.float32)[None, :]
@@ -221,10 +248,10 @@ def _pair(
 
 @triton.jit
 def _gated_kernel(
-    X, W, OUT, SQUARES, BIAS, DOWN, UP, M, eps, per, start, tail_scale, one_end, two_end,
+    X, W, OUT, SQUARES, BIAS, LOWS, UP, M, eps, per, start, scouts, tails, tail_scale, one_end, two_end,
     N: tl.constexpr, K: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PARTS: tl.constexpr,
-    HAS_BIAS: tl.constexpr, GELU: tl.constexpr, RANK: tl.constexpr, LOW: tl.constexpr, LINES: tl.constexpr,
-    PDL: tl.constexpr,
+    HAS_BIAS: tl.constexpr, GELU: tl.constexpr, RANK: tl.constexpr, LOW: tl.constexpr, PIECES: tl.constexpr,
+    LINES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     rows = tl.program_id(0) * BM + tl.arange(0, BM)
     columns = tl.program_id(1) * BN + tl.arange(0, BN)
@@ -234,8 +261,8 @@ def _gated_kernel(
     first = tl.program_id(1) * BN
     lower, upper = _part(first, one_end, two_end), _part(first + N, one_end, two_end)
     gate, up = _pair(
-        X, W, SQUARES, BIAS, DOWN, UP, rows, inside, gates, ups, lower, upper, eps, per, start, tail_scale, K, BM, BN,
-        BK, PARTS, HAS_BIAS, RANK, LOW, 2, LINES, PDL,
+        X, W, SQUARES, BIAS, LOWS, UP, rows, inside, gates, ups, lower, upper, eps, per, start, scouts, tails,
+        tail_scale, K, BM, BN, BK, PARTS, HAS_BIAS, RANK, LOW, PIECES, LINES, PDL,
     )  # fmt: skip
     keep = inside[:, None] & (columns < N)[None, :]
     at = rows[:, None].to(tl.int64) * N + columns[None, :]
@@ -244,11 +271,12 @@ def _gated_kernel(
 
 @triton.jit
 def _query_key_value_kernel(
-    X, W, QUERY, KEYS, VALUES, SQUARES, BIAS, DOWN, UP, COS, SIN, POSITIONS, LENGTHS, SLOTS, M, R, capacity, eps,
-    start, tail_scale, one_end, two_end,
+    X, W, QUERY, KEYS, VALUES, SQUARES, BIAS, LOWS, UP, COS, SIN, POSITIONS, LENGTHS, SLOTS, M, R, capacity, eps,
+    start, scouts, tails, tail_scale, one_end, two_end,
     HEADS: tl.constexpr, KEY_HEADS: tl.constexpr, SIZE: tl.constexpr,
     K: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PARTS: tl.constexpr,
-    HAS_BIAS: tl.constexpr, RANK: tl.constexpr, LOW: tl.constexpr, LINES: tl.constexpr, PDL: tl.constexpr,
+    HAS_BIAS: tl.constexpr, RANK: tl.constexpr, LOW: tl.constexpr, PIECES: tl.constexpr, LINES: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     half: tl.constexpr = SIZE // 2
     parts: tl.constexpr = half // BN
@@ -260,8 +288,8 @@ def _query_key_value_kernel(
     second = first + half
     part = _part(head * SIZE, one_end, two_end)
     one, two = _pair(
-        X, W, SQUARES, BIAS, DOWN, UP, rows, inside, first, second, part, part, eps, R, start, tail_scale, K, BM, BN,
-        BK, PARTS, HAS_BIAS, RANK, LOW, 1, LINES, PDL,
+        X, W, SQUARES, BIAS, LOWS, UP, rows, inside, first, second, part, part, eps, R, start, scouts, tails,
+        tail_scale, K, BM, BN, BK, PARTS, HAS_BIAS, RANK, LOW, PIECES, LINES, PDL,
     )  # fmt: skip
     keep = inside[:, None]
     if head < HEADS + KEY_HEADS:
@@ -307,9 +335,8 @@ class Follow:
 
 
 def _common(
-    weight: Tensor, tile: Tile, pdl: bool, halves: int, squares: Tensor | None, tailed: TailRows | None
+    weight: Tensor, tile: Tile, pdl: bool, halves: int, squares: Tensor | None, tail: _TailArguments
 ) -> dict[str, Any]:
-    rank = 0 if tailed is None else tailed.tail.rank
     depth = min(tile.depth, max(16, triton.next_power_of_2(weight.shape[1])))
     lines = triton.cdiv(weight.shape[1] * weight.element_size(), 128)
     pdl = pdl and tile.early
@@ -319,8 +346,9 @@ def _common(
         "BM": TILE_ROWS,
         "BK": depth,
         "PARTS": squares.shape[1] if squares is not None else 0,
-        "RANK": rank,
-        "LOW": max(16, triton.next_power_of_2(rank)),
+        "RANK": tail.rank,
+        "LOW": tail.low,
+        "PIECES": tail.pieces,
         "LINES": triton.next_power_of_2(min(lines, most)) if pdl else 0,
         "PDL": pdl,
         **launch_options(pdl),
@@ -329,12 +357,37 @@ def _common(
     }
 
 
-def _gate(tailed: TailRows | None) -> tuple[Any, ...]:
-    """Down, up; rows per request, the first with a tail, its factor, where its second and third part begin."""
+class _TailArguments(NamedTuple):
+    """What a product's kernel is told of its tail; without one, nothing that it reads.
+
+    numbers: rows per request, the first with a tail, rows with one, parts, the tail's factor, where its second and
+    third part begin.
+    """
+
+    lows: Tensor | None = None
+    up: Tensor | None = None
+    numbers: tuple[Any, ...] = (1, 0, 0, 1, 0.0, 0, 0)
+    rank: int = 0
+    low: int = 16
+    pieces: int = 1
+
+
+def _tail_arguments(source: Tensor, tailed: TailRows | None, pdl: bool) -> _TailArguments:
+    """Multiply scout rows by the down projections, in pieces of K that run side by side."""
     if tailed is None:
-        return None, None, 1, 0, 0.0, 0, 0
-    tail = tailed.tail
-    return tail.down, tail.up, tailed.per, tailed.start, tail.scale, *tail.ends
+        return _TailArguments()
+    tail, per, start = tailed.tail, tailed.per, tailed.start
+    scouts, parts = source.shape[0] // per * (per - start), tail.down.shape[0] // tail.rank
+    low = max(16, triton.next_power_of_2(tail.rank))
+    steps = triton.cdiv(source.shape[1], _LOW_DEPTH)
+    each = max(2, triton.cdiv(steps, _MOST_PIECES))
+    pieces = triton.cdiv(steps, each)
+    lows = torch.empty(pieces, parts, scouts, low, dtype=torch.float32, device=source.device)
+    _low_kernel[(triton.cdiv(scouts, 16), parts, pieces)](
+        source, tail.down, lows, per, start, scouts, parts, K=source.shape[1], BM=16, BK=_LOW_DEPTH, STEPS=each,
+        RANK=tail.rank, LOW=low, PDL=pdl, num_warps=4, **launch_options(pdl),
+    )  # fmt: skip
+    return _TailArguments(lows, tail.up, (per, start, scouts, parts, tail.scale, *tail.ends), tail.rank, low, pieces)
 
 
 def _taken(x: Tensor | Scaled) -> tuple[Tensor, Tensor | None]:
@@ -358,15 +411,16 @@ def linear(
     rows, count = source.shape[0], weight.shape[0]
     out = source.new_empty(rows, count)
     pieces = triton.cdiv(count, tile.columns)
-    down, up, *gate = _gate(tailed)
+    tail = _tail_arguments(source, tailed, pdl)
     scaled = None
     if follow is not None:
         scaled = Scaled(torch.empty_like(out), torch.empty(rows, pieces, dtype=torch.float32, device=out.device))
     _linear_kernel[(triton.cdiv(rows, TILE_ROWS), pieces)](
         source, weight, out, squares, bias, residual, follow.gamma if follow else None,
-        scaled.rows if scaled else None, scaled.squares if scaled else None, down, up, rows, eps, *gate, N=count,
-        BN=tile.columns, HAS_BIAS=bias is not None, HAS_RESIDUAL=residual is not None, FOLLOWED=follow is not None,
-        SHIFT=follow.shift if follow else 0.0, **_common(weight, tile, pdl, 1, squares, tailed),
+        scaled.rows if scaled else None, scaled.squares if scaled else None, tail.lows, tail.up, rows, eps,
+        *tail.numbers, N=count, BN=tile.columns, HAS_BIAS=bias is not None, HAS_RESIDUAL=residual is not None,
+        FOLLOWED=follow is not None, SHIFT=follow.shift if follow else 0.0,
+        **_common(weight, tile, pdl, 1, squares, tail),
     )  # fmt: skip
     return out, scaled
 
@@ -386,10 +440,10 @@ def gated_linear(
     weight, bias = projection.weight, projection.bias
     rows, count = source.shape[0], weight.shape[0] // 2
     out = source.new_empty(rows, count)
-    down, up, *gate = _gate(tailed)
+    tail = _tail_arguments(source, tailed, pdl)
     _gated_kernel[(triton.cdiv(rows, TILE_ROWS), triton.cdiv(count, tile.columns))](
-        source, weight, out, squares, bias, down, up, rows, eps, *gate, N=count, BN=tile.columns,
-        HAS_BIAS=bias is not None, GELU=gelu, **_common(weight, tile, pdl, 2, squares, tailed),
+        source, weight, out, squares, bias, tail.lows, tail.up, rows, eps, *tail.numbers, N=count, BN=tile.columns,
+        HAS_BIAS=bias is not None, GELU=gelu, **_common(weight, tile, pdl, 2, squares, tail),
     )  # fmt: skip
     return out
 
@@ -419,12 +473,12 @@ def query_key_value(
     size, heads, key_heads = query.shape[-1], query.shape[1], keys.shape[1]
     columns = min(tile.columns, (size // 2) & -(size // 2))
     rows = source.shape[0]
-    down, up, per, *gate = _gate(tailed)
-    assert tailed is None or per == rows // lengths.shape[0]
+    tail = _tail_arguments(source, tailed, pdl)
+    assert tailed is None or tailed.per == rows // lengths.shape[0]
     _query_key_value_kernel[(triton.cdiv(rows, TILE_ROWS), (heads + 2 * key_heads) * (size // 2 // columns))](
-        source, weight, query, keys, values, squares, bias, down, up, rotary[0], rotary[1], positions, lengths, slots,
-        rows, rows // lengths.shape[0], keys.shape[2], eps, *gate, HEADS=heads, KEY_HEADS=key_heads, SIZE=size,
-        BN=columns, HAS_BIAS=bias is not None, **_common(weight, tile, pdl, 2, squares, tailed),
+        source, weight, query, keys, values, squares, bias, tail.lows, tail.up, rotary[0], rotary[1], positions,
+        lengths, slots, rows, rows // lengths.shape[0], keys.shape[2], eps, *tail.numbers[1:], HEADS=heads, KEY_HEADS=key_heads,
+        SIZE=size, BN=columns, HAS_BIAS=bias is not None, **_common(weight, tile, pdl, 2, squares, tail),
     )  # fmt: skip
 
 
