@@ -50,7 +50,8 @@ _AHEAD = 128  # numbers of a request fetched at once
 # Rows pay until they cost more than they bring; measured per device type (docs/methods/ptp.md).
 _BUDGET = {"cpu": 16, "cuda": 48}
 _MIN_GAIN = {"cpu": 0.05, "cuda": 0.0}
-_EAGLE_BUDGET = {"cpu": 1, "cuda": 48}
+_EAGLE_BUDGET = 1
+_GPU_NODES = 30  # with the root and a slot 32 rows: a tile of the kernels of few rows
 
 
 @dataclass(eq=False)
@@ -301,10 +302,12 @@ class Ptp(LearnedDrafter):
 
     @classmethod
     def suited(cls, options: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
-        """On a CPU, behind EAGLE-3's network, a chain of two and one slot: four rows cost what one does there."""
-        if device.type != "cpu" or options.get("sampler") != "eagle":
+        """Behind EAGLE-3's network, as many rows as cost what one does: four on a CPU, 32 on a GPU, one of them a slot."""
+        if options.get("sampler") != "eagle":
             return dict(options)
-        return {**options, "draft_len": 2, "branches": 1, "nodes": 2}
+        if device.type == "cpu":
+            return {**options, "draft_len": 2, "branches": 1, "nodes": 2}
+        return {**options, "nodes": min(options["nodes"], _GPU_NODES)}
 
     def prepare(self, counts: Tensor, target: Target) -> None:
         """Choose the draft vocabulary."""
@@ -420,9 +423,9 @@ class Ptp(LearnedDrafter):
             self._eagle = EagleSampler(self.module.net, self.module.join, target, plan, greedy=self.read == "argmax")
         self._ask()
         device = target.device.type
-        budgets, gains = (_BUDGET, _MIN_GAIN) if self._eagle is None else (_EAGLE_BUDGET, {})
-        self._most = self.budget or budgets.get(device, budgets["cuda"])
-        self.least = self.min_gain if self.min_gain >= 0 else gains.get(device, 0.0)
+        alone = self._eagle is None
+        self._most = self.budget or (_BUDGET.get(device, _BUDGET["cuda"]) if alone else _EAGLE_BUDGET)
+        self.least = self.min_gain if self.min_gain >= 0 else (_MIN_GAIN.get(device, 0.0) if alone else 0.0)
 
     def _calibrate(self) -> None:
         self._trust = self.module.calibration.trust()
