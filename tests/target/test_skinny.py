@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.profiler import ProfilerActivity, profile
 
 from outpace.target.skinny import MOST_ROWS, Linear, linear, same_product
 
@@ -41,3 +42,14 @@ def test_other_numbers_of_rows_are_other_products():
     assert not same_product(4, 5)
     assert not same_product(MOST_ROWS, MOST_ROWS + 1)
     assert not same_product(MOST_ROWS + 1, MOST_ROWS + 2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_some_rows_of_one_request_are_no_batch_of_products(dtype):
+    """On some processors a batched product takes many times as long."""
+    x, weight = torch.randn(1, 24, 64).to(dtype), torch.randn(40, 64).to(dtype)
+    with torch.inference_mode(), profile(activities=[ProfilerActivity.CPU]) as seen:
+        found = linear(x[:, :20], weight)
+    assert found.shape == (1, 20, 40)
+    assert "aten::bmm" not in {event.key for event in seen.key_averages()}
+    torch.testing.assert_close(found, torch.nn.functional.linear(x[0, :20], weight)[None])

@@ -30,12 +30,10 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, eight: Eight |
     """[..., K], [N, K], [N] -> [..., N]; `eight` is weight and bias in eight bits, taken where that is quicker."""
     if eight is not None and eight.serves(x):
         return eight(x)
-    if x.device.type != "cpu" or x.dtype != torch.float32 or torch.is_grad_enabled():
-        return F.linear(x, weight, bias)
     rows = x.numel() // x.shape[-1]
-    if not 0 < rows <= MOST_ROWS:
-        return F.linear(x, weight, bias)
-    flat = x.reshape(rows, -1)
+    flat = x.reshape(rows, x.shape[-1])  # a slice of a batch of one would be multiplied as a batch, far more slowly
+    if x.device.type != "cpu" or x.dtype != torch.float32 or torch.is_grad_enabled() or not 0 < rows <= MOST_ROWS:
+        return F.linear(flat, weight, bias).view(*x.shape[:-1], -1)
     flat = F.pad(flat, (0, 0, 0, -rows % 4)) if rows % 4 else flat
     out = torch.mm(weight, flat.T).T[:rows].contiguous()
     if bias is not None:
