@@ -427,7 +427,8 @@ class TestParts:
     def methods(self, clock):
         return [Scripted(PLAIN, clock), Scripted("fast", clock, ms=lambda r: 5.0 + r)]
 
-    def test_joined_they_are_the_whole_run(self, play, suite, clock, tmp_path):
+    def test_joined_they_are_the_whole_run(self, play, suite, clock, tmp_path, monkeypatch):
+        monkeypatch.setattr("sys.argv", ["outpace", "bench", "smollm2", "--part", "1/3"])
         whole = play(self.methods(clock), self.CONFIG, suite, clock)
         paths = [self.measured(play, suite, clock, tmp_path, (k, 3)) for k in (1, 2, 3)]
         joined = derive(Ledger.joined(paths))
@@ -438,6 +439,7 @@ class TestParts:
                     assert one[figure] == pytest.approx(other[figure])
                 assert one["headline"]["ratio"] == pytest.approx(other["headline"]["ratio"])
                 assert one["parity"] == other["parity"]
+        assert joined["command"] == "outpace bench smollm2 --part K/3"
         assert joined["coverage"]["complete"]
         assert joined["coverage"]["questions"] == 6
         assert joined["coverage"]["planned_blocks"] == joined["coverage"]["blocks"] == 12

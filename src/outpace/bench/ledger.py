@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
@@ -57,7 +58,8 @@ class Ledger:
         """
         parts = [cls(path) for path in paths]
         whole = cls()
-        whole.header, whole.notes = parts[0].header, dict(parts[0].notes)
+        command = re.sub(r"--part(=| )\d+/", r"--part\1K/", parts[0].header["command"])
+        whole.header, whole.notes = {**parts[0].header, "command": command}, dict(parts[0].notes)
         for path, part in zip(paths, parts, strict=True):
             different = _differences(part.header, whole.header)
             if part.parts[1] != parts[0].parts[1]:
