@@ -302,7 +302,7 @@ class Ptp(LearnedDrafter):
 
     @classmethod
     def suited(cls, options: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
-        """Behind EAGLE-3's network, as many rows as cost what one does: four on a CPU, 32 on a GPU, one of them a slot."""
+        """Behind EAGLE-3's network, as many rows as cost what one does, one of them a slot: 4 on a CPU, 32 on a GPU."""
         if options.get("sampler") != "eagle":
             return dict(options)
         if device.type == "cpu":

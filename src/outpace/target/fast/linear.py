@@ -478,7 +478,8 @@ def query_key_value(
     _query_key_value_kernel[(triton.cdiv(rows, TILE_ROWS), (heads + 2 * key_heads) * (size // 2 // columns))](
         source, weight, query, keys, values, squares, bias, tail.lows, tail.up, rotary[0], rotary[1], positions,
         lengths, slots, rows, rows // lengths.shape[0], keys.shape[2], eps, *tail.numbers[1:], HEADS=heads,
-        KEY_HEADS=key_heads, SIZE=size, BN=columns, HAS_BIAS=bias is not None, **_common(weight, tile, pdl, 2, squares, tail),
+        KEY_HEADS=key_heads, SIZE=size, BN=columns, HAS_BIAS=bias is not None,
+        **_common(weight, tile, pdl, 2, squares, tail),
     )  # fmt: skip
 
 
