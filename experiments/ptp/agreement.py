@@ -46,13 +46,13 @@ class Language(Protocol):
         """Tokens [n, N] after starts [n] decided by u [n, N]."""
 
 
-def base_model(chain: Language, steps: int, size: int = SIZE) -> Target:
+def base_model(chain: Language, steps: int, size: int = SIZE, width: int = 64) -> Target:
     """A small Llama that has learned the chain, of `size` tokens."""
     torch.manual_seed(0)
     config = hf.LlamaConfig(
         vocab_size=size,
-        hidden_size=64,
-        intermediate_size=128,
+        hidden_size=width,
+        intermediate_size=2 * width,
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=4,

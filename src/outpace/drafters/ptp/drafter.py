@@ -118,7 +118,8 @@ class Ptp(LearnedDrafter):
     Decoding:
 
     Args:
-        budget: most slots per request and pass; 0 takes what was measured to pay on the target's device.
+        budget: most slots per request and pass; 0 takes what was measured to pay on the target's device, behind EAGLE-3's
+            network one.
         min_gain: expected tokens a row must bring to be run, as a slot or as a draft token; negative: as measured.
         branches: candidates per position; above 1, drafts are trees of them. With a chain, all but the likeliest of
             each position are leaves, for what follows was asked behind the likeliest.
