@@ -11,7 +11,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self, get_args
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 from weakref import WeakKeyDictionary
 
 import torch
@@ -25,6 +25,7 @@ from outpace.drafters.heads import choose_ids, special_ids
 from outpace.drafters.learning import Batch, LearnedDrafter, Losses, Recipe
 from outpace.drafters.ptp import rows
 from outpace.drafters.ptp.calibration import BINS, GREEDY_NUMBER, Agreement, Calibration
+from outpace.drafters.ptp.checks import ReadMode, check_options
 from outpace.drafters.ptp.eagle import EagleSampler
 from outpace.drafters.ptp.encodings import find_encoding
 from outpace.drafters.ptp.mismatch import mismatch
@@ -44,7 +45,6 @@ if TYPE_CHECKING:
     from outpace.target import GatedLoRA, Readout, Target
     from outpace.target.widen import Widening
 
-ReadMode = Literal["auto", "argmax", "path"]
 _AHEAD = 128  # numbers of a request fetched at once
 
 # Rows pay until they cost more than they bring; measured per device type (docs/methods/ptp.md).
@@ -118,8 +118,8 @@ class Ptp(LearnedDrafter):
     Decoding:
 
     Args:
-        budget: most slots per request and pass; 0 takes what was measured to pay on the target's device, behind EAGLE-3's
-            network one.
+        budget: most slots per request and pass; 0 takes what was measured to pay on the target's device, and behind
+            EAGLE-3's network one.
         min_gain: expected tokens a row must bring to be run, as a slot or as a draft token; negative: as measured.
         branches: candidates per position; above 1, drafts are trees of them. With a chain, all but the likeliest of
             each position are leaves, for what follows was asked behind the likeliest.
@@ -201,7 +201,7 @@ class Ptp(LearnedDrafter):
         self.adaptive = adaptive
         self._eagle: EagleSampler | None = None
         self._device: SlotDraft | None = None
-        self._check()
+        check_options(self)
         self._ask()
         self._ids: Tensor | None = None
         self.recipe = self.default_recipe.replace(
@@ -211,57 +211,6 @@ class Ptp(LearnedDrafter):
         self._plan: _Plan | None = None
         self._trust: list[float] = []
         self._warned: set[object] = set()
-
-    def _check(self) -> None:
-        if self.slots < 2 or self.rank < 1:
-            raise ConfigError(f"slots must be at least 2 and rank at least 1, got {self.slots} and {self.rank}")
-        if self.temperature <= 0:
-            raise ConfigError(
-                "temperature of the preset must be above 0: greedy tokens do not depend on numbers, so nothing can be "
-                "learned from them; mode='mask' drafts for greedy decoding"
-            )
-        if self.branches < 1 or min(self.budget, self.nodes, self.draft_len) < 0:
-            raise ConfigError(
-                f"branches must be at least 1, budget, nodes and draft_len at least 0; got {self.branches}, "
-                f"{self.budget}, {self.nodes} and {self.draft_len}"
-            )
-        if self.draft_len > self.slots - self.shape.silent:
-            raise ConfigError(
-                f"draft_len={self.draft_len} goes beyond what {self.slots} slots were trained for; pass at most "
-                f"{self.slots - self.shape.silent}, or train with slots={self.draft_len + self.shape.silent}"
-            )
-        if self.density <= 0 or self.beta <= 0:
-            raise ConfigError(f"density and beta must be above 0, got {self.density} and {self.beta}")
-        if self.inverse and self.mode != "categorical":
-            raise ConfigError(f"inverse training needs mode='categorical', whose slots have laws; got {self.mode!r}")
-        if min(self.sampler_size, self.vocabulary, self.bare) < 0:
-            raise ConfigError(
-                "sampler_size and vocabulary are 0 (the target's) or more, bare 0 or more; got "
-                f"{self.sampler_size}, {self.vocabulary} and {self.bare}"
-            )
-        if self.sampler not in get_args(SamplerName):
-            raise ConfigError(
-                f"sampler must be one of {', '.join(get_args(SamplerName))}, got {self.sampler!r} (true was the chain)"
-            )
-        if self.sampler == "none" and (self.sampler_size or self.vocabulary or self.bare):
-            raise ConfigError(
-                "sampler_size, vocabulary and bare belong to a sampler; pass sampler=chain with them, or sampler=eagle "
-                "with the first two"
-            )
-        if self.sampler != "none" and self.inverse:
-            raise ConfigError("inverse training finds numbers under laws of slots without a sampler; leave one away")
-        if self.sampler == "eagle" and (self.mode == "one_hot" or self.bare):
-            raise ConfigError(
-                "sampler='eagle' has a law of its own at every depth and asks none of the slots: pass mode=mask or "
-                "mode=categorical, and leave bare away"
-            )
-        if self.attention not in ("auto", *get_args(Kernel)):
-            raise ConfigError(f"attention must be auto, dense or fused, got {self.attention!r}")
-        if self.read not in get_args(ReadMode):
-            raise ConfigError(f"read must be one of {', '.join(get_args(ReadMode))}, got {self.read!r}")
-        if self.read == "path" and not self.shape.law:
-            raise ConfigError("read='path' draws from laws, but slots of mode 'one_hot' predict no law; use 'argmax'")
-        _ = self.preset
 
     def _ask(self) -> None:
         """What a pass has to give: with a sampler states, not logits."""
