@@ -60,17 +60,16 @@ def test_a_ragged_tree_gives_the_modules_numbers(name, few, monkeypatch):
 
 
 @torch.inference_mode()
-@pytest.mark.parametrize("few", [True, False], ids=["fused", "rows"])
 @pytest.mark.parametrize(
-    ("name", "layers", "taken"),
-    [("llama", "all", True), ("olmo2", "all", True), ("phi3", "all", True),
-     ("qwen2", ("q_proj", "k_proj", "v_proj", "down_proj"), True),
-     ("llama", ("q_proj", "up_proj", "down_proj"), False)],
+    ("name", "layers", "taken", "few"),
+    [("llama", "all", True, True), ("olmo2", "all", True, True), ("phi3", "all", True, True),
+     ("qwen2", ("q_proj", "k_proj", "v_proj", "down_proj"), True, True), ("llama", "all", True, False),
+     ("llama", ("q_proj", "up_proj", "down_proj"), False, True)],
 )  # fmt: skip
 def test_scouts_take_the_adapters_tails_and_main_rows_do_not(name, layers, taken, few, monkeypatch):
     monkeypatch.setattr(forward_module, "few_rows", lambda plan: 64 if few else 0)
     torch.manual_seed(0)
-    target = Target(make_model(name, num_hidden_layers=2, sharpness=4.0), path="readable")
+    target = Target(make_model(name, num_hidden_layers=1, sharpness=4.0), path="readable")
     adapter = (
         GatedLoRA.for_all_layers(target.model, 3, 6.0)
         if layers == "all"
@@ -88,7 +87,7 @@ def test_scouts_take_the_adapters_tails_and_main_rows_do_not(name, layers, taken
     positions = block.positions[:, :1] + 1 + torch.arange(count)
     scouts = Scouts(positions, sees, embeds=torch.randn(2, count, target.hidden_size), adapter=adapter)
     with target.adapted(adapter):
-        wanted = target.run(replace(block, scouts=scouts), cache, taps=TAPS)
+        wanted = target.run(replace(block, scouts=scouts), cache, taps=("post_norm",))
         cache.drop()
     inputs = Inputs.empty(2, rows, target.device, chain=False, embeds=scouts.embeds)
     inputs.tokens.copy_(block.tokens)
@@ -98,12 +97,12 @@ def test_scouts_take_the_adapters_tails_and_main_rows_do_not(name, layers, taken
     all_sees[:, :rows, :rows], all_sees[:, rows:] = block.sees, sees
     inputs.bits.copy_(pack_bits(all_sees).view(2 * (rows + count), -1))
     run = Forward(make_plan(target), target.model.get_input_embeddings(), joined_names(target), pdl=False)
-    options = {"splits": 2, "layer_ids": target.layer_ids, "taps": TAPS}
+    options = {"splits": 2, "layer_ids": target.layer_ids, "taps": ("post_norm",)}
     found = run(inputs, cache.tensors(), adapter=adapter, scout_logits=True, **options)
     assert (run.tails(adapter) is not None) == taken
     assert gap(found.logits, wanted.logits) < 1e-5
     assert gap(found.scout_logits, wanted.scout_logits) < 1e-5
-    assert max(gap(found.taps[tap], wanted.taps[tap]) for tap in TAPS) < 1e-5
+    assert gap(found.taps["post_norm"], wanted.taps["post_norm"]) < 1e-5
     bare = run(inputs, cache.tensors(), **options)
     if taken and few:  # the same kernels for main rows, whatever is added to the others
         assert torch.equal(bare.taps["post_norm"][:, :rows], found.taps["post_norm"][:, :rows])
