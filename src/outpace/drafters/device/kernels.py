@@ -24,7 +24,7 @@ from outpace.target.fast.launch import enter_kernel
 
 
 @triton.jit
-def _rms(x, GAMMA, at, real, eps, SIZE: tl.constexpr):
+def rms(x, GAMMA, at, real, eps, SIZE: tl.constexpr):
     """RMS norm of one row, in float32."""
     gamma = tl.load(GAMMA + at, mask=real, other=0.0).to(tl.float32)
     return x * tl.rsqrt(tl.sum(x * x, 0) / SIZE + eps) * gamma
@@ -88,13 +88,13 @@ def _halves(
     kind = BOTH.dtype.element_ty
     embedded = tl.load(EMBED + token.to(tl.int64) * SIZE + at, mask=real, other=0.0).to(tl.float32)
     if EMBED_NORMED:
-        embedded = _rms(embedded, NORM_EMBED, at, real, eps, SIZE)
+        embedded = rms(embedded, NORM_EMBED, at, real, eps, SIZE)
     state = tl.load(Y + source.to(tl.int64) * SIZE + at, mask=real, other=0.0).to(tl.float32)
     if OUT_NORMED:
-        state = _rms(state, NORM_OUT, at, real, eps, SIZE).to(kind).to(tl.float32)
+        state = rms(state, NORM_OUT, at, real, eps, SIZE).to(kind).to(tl.float32)
     normed = state
     if STATE_NORMED:
-        normed = _rms(state, NORM_STATE, at, real, eps, SIZE)
+        normed = rms(state, NORM_STATE, at, real, eps, SIZE)
     corner = BOTH + row.to(tl.int64) * 2 * SIZE + at
     if EMBED_FIRST:
         tl.store(corner, embedded.to(kind), mask=real)
@@ -125,7 +125,7 @@ def enter_rows_kernel(
 
 
 @triton.jit
-def _places(base, value, node, COUNT, BLOCK: tl.constexpr, STEP: tl.constexpr):
+def places(base, value, node, COUNT, BLOCK: tl.constexpr, STEP: tl.constexpr):
     """How many of the COUNT values at `base` come before each of them: larger ones, and equal ones in front."""
     place = tl.zeros([BLOCK], tl.int32)
     for begin in range(0, COUNT, STEP):
@@ -153,7 +153,7 @@ def expand_kernel(
     node = tl.arange(0, CHOICES)
     base = BORN_VALUES + request * born + start
     value = tl.load(base + node, mask=node < COUNT, other=float("-inf"))
-    place = _places(base, value, node, COUNT, CHOICES, STEP)
+    place = places(base, value, node, COUNT, CHOICES, STEP)
     pick = tl.min(tl.where((place == rank) & (node < COUNT), node, COUNT - 1), 0)
     token = tl.maximum(tl.load(BORN_TOKENS + request * born + start + pick), 0)
     length = tl.load(AT + request)
@@ -323,7 +323,7 @@ def keep_kernel(
     real = node < born
     base = request * born
     value = tl.load(BORN_VALUES + base + node, mask=real, other=float("-inf"))
-    keep = real & (_places(BORN_VALUES + base, value, node, born, BLOCK, STEP) < COUNT)
+    keep = real & (places(BORN_VALUES + base, value, node, born, BLOCK, STEP) < COUNT)
     number = tl.cumsum(keep.to(tl.int32), 0) - 1
     keep = keep & (number < COUNT)
     tl.store(NUMBERS + base + node, number, mask=keep)

@@ -18,7 +18,7 @@ import torch
 from outpace.drafters.device import DeviceDraft, DraftKey
 from outpace.drafters.device.fused import FusedDraft
 from outpace.drafters.ptp.calibration import GREEDY_NUMBER
-from outpace.drafters.ptp.placing import Placed, fits, hear_group, normed_halves, place_slots
+from outpace.drafters.ptp.placing import Placed, hear_group, normed_halves, place_slots
 from outpace.target.fast.linear import Follow, Scaled, choose_tile, gated_linear, linear
 from outpace.target.fast.plan import Projection, join_parameters
 from outpace.target.fast.rows import norm_rows
@@ -120,11 +120,6 @@ class SlotDraft(DeviceDraft):
         self._batch = 0
         self._requests: list[RequestContext] = []
         self._consumed = False
-
-    @staticmethod
-    def serves(nodes: int, slots: int) -> bool:
-        """Whether slots in groups of that many can be placed behind drafts of that many nodes."""
-        return fits(nodes, slots)
 
     def holds(self) -> bool:
         """Whether the weights are where captured work reads them."""

@@ -531,10 +531,11 @@ class Ptp(LearnedDrafter):
             return None
         if self._device is None or not self._device.holds():
             from outpace.drafters.ptp.device import SlotDraft
+            from outpace.drafters.ptp.placing import fits
 
-            inner = self._eagle.follower.device_draft()
-            fits = SlotDraft.serves(inner.nodes, self.worths.shape[0])
-            self._device = SlotDraft(self, inner, self._eagle.join, self._most) if fits else None
+            inner, slots = self._eagle.follower.device_draft(), self.worths.shape[0]
+            served = fits(inner.nodes, slots)
+            self._device = SlotDraft(self, inner, self._eagle.join, self._most) if served else None
         return self._device
 
     def take_heard(self, request: RequestContext) -> Tensor | None:

@@ -21,6 +21,7 @@ import torch
 import triton
 import triton.language as tl
 
+from outpace.drafters.device.kernels import places, rms
 from outpace.target.fast.launch import enter_kernel, launch_options
 
 if TYPE_CHECKING:
@@ -28,9 +29,7 @@ if TYPE_CHECKING:
 
     from outpace.target.fast.forward import Inputs
 
-MOST_CANDIDATES: Final = (
-    1024  # nodes times slots of a group, both rounded up to powers of two: one program compares them
-)
+MOST_CANDIDATES: Final = 1024  # nodes times slots of a group, both rounded up to powers of two: of one program
 _STEP: Final = 16
 
 
@@ -65,12 +64,7 @@ def _place_kernel(
     base = GAINS + request * size
     tl.store(base + at, gain)
     tl.debug_barrier()  # gains of others are read
-    place = tl.zeros([size], tl.int32)
-    for begin in range(0, size, STEP):
-        index = begin + tl.arange(0, STEP)
-        other = tl.load(base + index)
-        before = (other[None, :] > gain[:, None]) | ((other[None, :] == gain[:, None]) & (index[None, :] < at[:, None]))
-        place += tl.sum(before.to(tl.int32), 1)
+    place = places(base, gain, at, size, size, STEP)
     taken = place < S
     used = (gain > least) & (tl.load(SAYS + request) != 0)
     tl.store(BRANCH + request * S + place, branch, mask=taken)
@@ -133,11 +127,9 @@ def _join_kernel(
     real = at < SIZE
     there = tl.load(THERE + request * M + depth - 1).to(tl.float32)
     slot = tl.load(HEARD + (request * M + depth - 1).to(tl.int64) * SIZE + at, mask=real, other=0.0).to(tl.float32)
-    gamma = tl.load(SLOT_GAMMA + at, mask=real, other=0.0).to(tl.float32)
-    slot = slot * tl.rsqrt(tl.sum(slot * slot, 0) / SIZE + eps) * gamma * there
+    slot = rms(slot, SLOT_GAMMA, at, real, eps, SIZE) * there
     y = tl.load(Y + row.to(tl.int64) * SIZE + at, mask=real, other=0.0).to(tl.float32)
-    gamma = tl.load(ROW_GAMMA + at, mask=real, other=0.0).to(tl.float32)
-    y = y * tl.rsqrt(tl.sum(y * y, 0) / SIZE + eps) * gamma * there
+    y = rms(y, ROW_GAMMA, at, real, eps, SIZE) * there
     corner = BOTH + row.to(tl.int64) * 2 * SIZE + at
     tl.store(corner, slot.to(BOTH.dtype.element_ty), mask=real)
     tl.store(corner + SIZE, y.to(BOTH.dtype.element_ty), mask=real)
