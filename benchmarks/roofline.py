@@ -20,10 +20,10 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shlex
 import statistics
 import subprocess
 import sys
-import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from time import perf_counter
@@ -346,9 +346,9 @@ def round_parts(name: str, target: Target, specs: list[str], new: int = 200) -> 
             engine.generate([prompt] * batch, **options)  # captures
             graphs = target.captured.capture.graphs
             engine.timing = timing = Timing()
-            started = time.perf_counter()
+            started = perf_counter()
             outputs = engine.generate([prompt] * batch, **options)
-            wall = (1e3 * (time.perf_counter() - started) - timing.prefill_ms) / timing.rounds
+            wall = (1e3 * (perf_counter() - started) - timing.prefill_ms) / timing.rounds
             parts = {part: getattr(timing, part) / timing.rounds for part in ("draft_ms", "pass_ms", "walk_ms")}
             row = {"model": name, "drafter": spec, "law": law, "batch": batch, **parts,
                    "round_ms": wall, "host_ms": wall - sum(parts.values()), "outside_pass": 1 - parts["pass_ms"] / wall,
@@ -447,7 +447,7 @@ def main() -> None:
     about = {
         "device": torch.cuda.get_device_name(), "copy_bytes_per_second": rate, "torch": torch.__version__,
         "transformers": transformers.__version__,
-        "command": " ".join(sys.argv[1:]),
+        "command": shlex.join(sys.argv[1:]),
     }  # fmt: skip
     print(json.dumps(about), flush=True)
     result: dict[str, Any] = {"about": about}

@@ -21,8 +21,6 @@ from toy import COLOURS, Chain, command, load
 MIDDLE: Final = {"width": 64, "rank": 32, "texts": 2304}
 POINTS: Final[dict[str, tuple[int, ...]]] = {"width": (32, 64, 128), "rank": (2, 8, 32), "texts": (64, 384, 2304)}
 LABELS: Final = {"width": "width of the model", "rank": "rank of the adapter", "texts": "texts of 40 tokens"}
-
-
 SEEDS: Final = (0, 1)
 
 

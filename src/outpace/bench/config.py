@@ -47,7 +47,7 @@ class BenchConfig:
         budget_s: stop before a block of trials that would not end within so many seconds of warm-up and measuring.
             Prompts come in a stratified order, so what was run is a stratified subsample.
         part: (k, n): of the questions only every n-th, from the k-th on. The parts of a run may be measured in several
-            processes or on machines alike, each with a ledger of its own; `joined` makes one result of them.
+            processes or on machines alike, each with a ledger of its own; `Ledger.joined` makes one of them.
         limit_s: cut a trial after so many seconds; None: ten times what plain decoding needs, at least 20 s.
         max_failures: after so many crashes or cuts a method is left out.
         warm_up_runs: most warm-up runs per method and prompt length; None: 1 on CPU, 5 elsewhere.

@@ -47,7 +47,7 @@ def derive(ledger: Ledger) -> dict[str, Any]:
 
 def _coverage(ledger: Ledger) -> dict[str, Any]:
     """How much of the plan was measured, in words a reader of the table needs."""
-    stop = ledger.notes.get("stop", {"reason": "interrupted", "blocks": 0, "seconds": ledger.seconds})
+    stop = ledger.stop
     blocks = {(r.cell, r.repetition, r.unit) for r in ledger.records if r.repetition >= 0}
     questions = {question for r in ledger.records if r.repetition >= 0 and r.trial for question in r.unit}
     counts = ledger.header["suite"]["tasks"]

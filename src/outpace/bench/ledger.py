@@ -78,7 +78,7 @@ class Ledger:
             whole.prompts.update(part.prompts)
             whole.findings.update(part.findings)
         whole._found_parts = len(parts)
-        whole.notes["stop"] = _stopped([part.notes.get("stop") for part in parts])
+        whole.notes["stop"] = _stopped([part.stop for part in parts])
         return whole
 
     def begin(self, header: Mapping[str, Any]) -> bool:
@@ -140,6 +140,12 @@ class Ledger:
     def seconds(self) -> float:
         """Seconds of measuring in the file."""
         return max((record.at_s for record in self.records), default=0.0)
+
+    @property
+    def stop(self) -> dict[str, Any]:
+        """How the run ended: reason, planned blocks and seconds; interrupted, where it did not say."""
+        found: dict[str, Any] = self.notes.get("stop", {"reason": "interrupted", "blocks": 0, "seconds": self.seconds})
+        return found
 
     @property
     def parts(self) -> tuple[int, int]:
@@ -218,12 +224,11 @@ def _differences(there: Mapping[str, Any], now: Mapping[str, Any]) -> str:
     )
 
 
-def _stopped(stops: Sequence[Mapping[str, Any] | None]) -> dict[str, Any]:
+def _stopped(stops: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """How parts ended, as one: by the worst reason of any, with all of their blocks and seconds."""
-    ended = [stop or {"reason": "interrupted"} for stop in stops]
-    reasons = {stop["reason"] for stop in ended}
+    reasons = {stop["reason"] for stop in stops}
     worst = next(reason for reason in ("no baseline", "interrupted", "budget", "done") if reason in reasons)
-    sums = {name: sum(stop.get(name, 0) for stop in ended) for name in ("blocks", "seconds", "block_seconds")}
+    sums = {name: sum(stop.get(name, 0) for stop in stops) for name in ("blocks", "seconds", "block_seconds")}
     return {"reason": worst, **sums}
 
 
