@@ -104,6 +104,14 @@ def test_drafts_change_once_it_hears_and_texts_do_not(exact):
     assert rounds[0] == rounds[1] != rounds[2]
 
 
+def test_with_one_slot_a_draft_is_as_long_as_was_asked_for(exact):
+    drafter = fresh(exact, shaken=("net",), budget=0, branches=1, nodes=0, draft_len=3)
+    engine = Engine(exact, drafter.for_decoding(), stand_down=False)
+    output = engine.generate(PROMPTS[0], **OPTIONS)[0]
+    engine.close()
+    assert output.rounds_detail[0].drafted == 3
+
+
 def test_slots_of_an_older_round_are_not_heard(exact, monkeypatch):
     drafter = fresh(exact, shaken=("net", "join", "adapter", "embedding")).for_decoding()
     engine, ran = Engine(exact, drafter, stand_down=False), []

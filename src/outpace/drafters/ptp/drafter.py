@@ -375,6 +375,7 @@ class Ptp(LearnedDrafter):
         device = target.device.type
         alone = self._eagle is None
         self._most = self.budget or (_BUDGET.get(device, _BUDGET["cuda"]) if alone else _EAGLE_BUDGET)
+        self._width = (self.nodes or self._most) if self._eagle is None else self._eagle.plan.width
         self.least = self.min_gain if self.min_gain >= 0 else (_MIN_GAIN.get(device, 0.0) if alone else 0.0)
 
     def _calibrate(self) -> None:
@@ -399,7 +400,7 @@ class Ptp(LearnedDrafter):
         trees = []
         for request in context.requests:
             paths = self._state(request).paths if request.speculate else {}
-            trees.append(prune(paths, request.depth_limit, self.least, self.nodes or self._most))
+            trees.append(prune(paths, request.depth_limit, self.least, self._width))
         return Draft.of(trees)
 
     def scouts(self, context: Context, draft: Draft) -> Scouts | None:
