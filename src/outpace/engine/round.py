@@ -101,7 +101,7 @@ def play_round(
 
     trees = drafted_trees(context, drafter, strict_rows)
     lengths = cache.lengths[: len(requests)]
-    width = strict_rows or (2 if target.row_invariant else 1)
+    width = strict_rows or (2 if target.pairs_rows else 1)
     block = Block.of([r.root for r in requests], trees, lengths, target.device, width=width)
     if drafter is not None and drafter.needs.scouts:
         block = dataclasses.replace(block, scouts=drafter.scouts(context, Draft.of(trees, width=block.rows - 1)))
@@ -163,7 +163,7 @@ def drafted_trees(context: Context, drafter: Drafter | None, strict_rows: int) -
         tree.check(context.target.vocabulary, f"drafter {drafter.name!r}")
         depth, nodes = request.depth_limit, strict_rows - 1 if strict_rows else len(tree)
         request.scout_limit = None
-        if context.target.row_invariant and len(requests) == 1 and not strict_rows:
+        if context.target.pairs_rows and len(requests) == 1 and not strict_rows:
             room = _same_kernels(context.cache, slot)
             depth, nodes = min(depth, room - 2), min(nodes, room - 1)
             request.scout_limit = room - max(2, 1 + min(len(tree), nodes))

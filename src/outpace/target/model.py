@@ -181,13 +181,22 @@ class Target:
         return total if tied else total - int(table.numel() * table.element_size())
 
     @property
-    def row_invariant(self) -> bool:
-        """Whether a row's logits are the same bits however many rows (two or more) are in the pass.
+    def compiled(self) -> bool:
+        """Whether passes that decode are one compiled call (`target.native`).
 
-        Holds for PyTorch's bfloat16 kernels on CPU, as long as attention reads the same number of entries. A pass of
-        one row takes other kernels there, so plain decoding runs two (the second is padding and costs nothing).
+        A row's logits are then the same bits whatever else is in the pass: other rows of a chain or a tree, other
+        requests, scouts.
         """
-        return self.device.type == "cpu" and self.dtype == torch.bfloat16
+        return getattr(self.fast, "native", None) is not None
+
+    @property
+    def pairs_rows(self) -> bool:
+        """Whether a row's logits are the same bits in any pass of two rows or more that reads as many entries.
+
+        So it is with PyTorch's bfloat16 kernels on a CPU, where passes are not compiled. A pass of one row takes other
+        kernels there, so plain decoding runs two (the second is padding and costs nothing).
+        """
+        return self.device.type == "cpu" and self.dtype == torch.bfloat16 and not self.compiled
 
     def new_cache(self, *, slots: int = 1, capacity: int = 1, align: int = ALIGN) -> BlockCache:
         """An empty cache for this model (and for every view of it)."""

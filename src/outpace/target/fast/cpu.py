@@ -1,9 +1,9 @@
-"""Passes on a CPU: the model's own arithmetic in fewer and larger steps.
+"""Passes on a CPU: one compiled call where a C compiler is there (`target.native`), else fewer and larger steps.
 
-Query, key and value come from one product, gate and up from another; rotation turns queries and keys together; masks,
-angles and the room for keys are made once per pass. Each step rounds where the model's modules round, so the two agree
-to the last bits a product of another width may differ in. On two cores a pass of a small model is bound by reading
-weights and by the number of products, so four a layer instead of seven pay.
+The latter is here, in PyTorch's operations: query, key and value come from one product, gate and up from another;
+rotation turns queries and keys together; masks, angles and the room for keys are made once per pass. Each step rounds
+where the model's modules round, so the two agree to the last bits a product of another width may differ in. Four products
+a layer instead of seven pay on two cores. It is what tests compare compiled passes with, and what has gradients.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from outpace.target.block import Block, Readout
 from outpace.target.fast.layer import heads, norm, rest
 from outpace.target.fast.plan import Plan, Projection, joined_names, make_plan
 from outpace.target.masks import additive_mask, block_visibility
+from outpace.target.native.passes import NativePass
 from outpace.target.skinny import linear, same_product
 
 if TYPE_CHECKING:
@@ -51,6 +52,12 @@ class CpuPass:
         self.names = joined_names(target)
         self._embed = target.model.get_input_embeddings()
         self._limit = next(iter(self.plan.rotary.values()))[0].shape[0]
+        self.native: NativePass | None = None
+        self.native_reason: str | None = None  # why passes are not compiled
+        try:
+            self.native = NativePass(self.plan, self.names, self._embed)
+        except UnsupportedError as error:
+            self.native_reason = str(error)
 
     def fits(self, block: Block, cache: BlockCache) -> bool:
         """Whether a block can take this path; others go through the model's modules."""
@@ -63,6 +70,8 @@ class CpuPass:
         self, block: Block, cache: BlockCache, *, layer_ids: tuple[int, ...], taps: Collection[str], logits: bool
     ) -> Readout:
         """See `Target.run`."""
+        if self.native is not None and self.native.fits(block, logits=logits):
+            return self.native.run(block, cache, layer_ids=layer_ids, taps=taps, logits=logits)
         plan, scouts = self.plan, block.scouts
         batch, main = block.tokens.shape
         hidden = self._embed(block.tokens)

@@ -1,0 +1,140 @@
+"""Compile `pass.c` for the processor at hand, once, into the user's cache, and load it.
+
+The C compiler of the machine is asked (`CC`, else gcc or cc), as Triton asks it. Nothing is lost without one: passes
+take PyTorch's operations then, and `outpace doctor` says why. `OUTPACE_NATIVE=off` does the same on purpose.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import logging
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Final
+
+import torch
+
+from outpace.errors import UnsupportedError
+from outpace.target.dense import cache_folder
+from outpace.target.native.structs import Model, Run, check_sizes
+
+_LOG: Final = logging.getLogger("outpace")
+_SOURCE: Final = Path(__file__).with_name("pass.c")
+_FLAGS: Final = ("-O3", "-march=native", "-ffp-contract=off", "-std=gnu11", "-fPIC", "-fopenmp")
+_PATIENCE: Final = 300.0  # seconds a compiler may take; it needs four
+
+
+def load(dtype: torch.dtype) -> ctypes.CDLL:
+    """The compiled functions for weights of a dtype.
+
+    Raises:
+        UnsupportedError: saying why there are none.
+    """
+    library, reason = _attempt(dtype, os.environ.get("OUTPACE_NATIVE", "on"))
+    if library is None:
+        raise UnsupportedError(str(reason))
+    return library
+
+
+def why_not(dtype: torch.dtype) -> str | None:
+    """Why there are no compiled functions for a dtype; None where there are."""
+    return _attempt(dtype, os.environ.get("OUTPACE_NATIVE", "on"))[1]
+
+
+@functools.cache
+def has_matrix_units() -> bool:
+    """Whether the processor multiplies blocks of bfloat16 (AMX), which PyTorch's products of many rows use."""
+    return "amx_bf16" in _processor().split()
+
+
+@functools.cache
+def has_bfloat16_products() -> bool:
+    """Whether the processor multiplies bfloat16 numbers (AVX-512), which PyTorch's products of few rows use."""
+    return "avx512_bf16" in _processor().split()
+
+
+@functools.cache
+def _attempt(dtype: torch.dtype, asked: str) -> tuple[ctypes.CDLL | None, str | None]:
+    """The library, or why there is none: asked once a process."""
+    try:
+        return _loaded(dtype, asked), None
+    except UnsupportedError as error:
+        return None, str(error)
+    except OSError as error:
+        return None, f"compiled passes cannot be written or loaded: {error}"
+
+
+def _loaded(dtype: torch.dtype, asked: str) -> ctypes.CDLL:
+    if asked == "off":
+        raise UnsupportedError("compiled passes are switched off (OUTPACE_NATIVE=off)")
+    if dtype not in (torch.float32, torch.bfloat16):
+        raise UnsupportedError(f"compiled passes are for float32 and bfloat16, not {dtype}")
+    if sys.platform != "linux" or platform.machine() != "x86_64":
+        raise UnsupportedError(f"compiled passes are for Linux on x86_64, not {sys.platform} on {platform.machine()}")
+    compiler = next((c for c in (os.environ.get("CC"), "gcc", "cc") if c and shutil.which(c)), None)
+    if compiler is None:
+        raise UnsupportedError("compiled passes need a C compiler (apt install gcc, or name one in CC)")
+    half = int(dtype == torch.bfloat16)
+    digest = hashlib.sha256(_SOURCE.read_bytes())
+    for fact in (_said(compiler, "--version"), _processor(), *_FLAGS):
+        digest.update(fact.encode())
+    name = f"pass-{('float32', 'bfloat16')[half]}-{digest.hexdigest()[:16]}.so"
+    folder = cache_folder()
+    if folder is not None:
+        return _opened(_compiled(compiler, half, folder / "native", name))
+    with tempfile.TemporaryDirectory() as temporary:
+        return _opened(_compiled(compiler, half, Path(temporary), name))
+
+
+def _compiled(compiler: str, half: int, folder: Path, name: str) -> Path:
+    """The library in a folder, made if it is not there; it appears whole or not at all."""
+    made = folder / name
+    if made.is_file():
+        return made
+    folder.mkdir(parents=True, exist_ok=True)
+    _LOG.info("compiling passes for this processor, once (%s)", made)
+    with tempfile.TemporaryDirectory(dir=folder) as temporary:
+        unit, library = Path(temporary) / "pass.o", Path(temporary) / name
+        _said(compiler, *_FLAGS, f"-DHALF={half}", "-c", str(_SOURCE), "-o", str(unit))
+        # Linked without -fopenmp: threads are those of the OpenMP runtime that PyTorch has loaded.
+        _said(compiler, "-shared", str(unit), "-o", str(library), "-lm")
+        library.replace(made)
+    return made
+
+
+def _said(compiler: str, *arguments: str) -> str:
+    try:
+        done = subprocess.run(  # noqa: S603  # the user's own compiler
+            [compiler, *arguments], capture_output=True, text=True, timeout=_PATIENCE, check=False
+        )
+    except subprocess.TimeoutExpired:
+        raise UnsupportedError(f"{compiler} took longer than {_PATIENCE:.0f} s") from None
+    if done.returncode:
+        first = next((line for line in done.stderr.splitlines() if "error" in line), done.stderr.strip()[:200])
+        raise UnsupportedError(f"{compiler} cannot compile the pass: {first}")
+    return done.stdout
+
+
+def _processor() -> str:
+    """What -march=native looks at."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.is_file() else []
+    return "\n".join(sorted({line for line in lines if line.startswith(("model name", "flags"))}))
+
+
+def _opened(path: Path) -> ctypes.CDLL:
+    library = ctypes.CDLL(str(path))
+    library.outpace_sizes.restype = library.outpace_space.restype = ctypes.c_int64
+    library.outpace_sizes.argtypes = [ctypes.c_int64]
+    library.outpace_space.argtypes = library.outpace_pass.argtypes = [ctypes.POINTER(Model), ctypes.POINTER(Run)]
+    library.outpace_pass.restype = None
+    library.outpace_product.argtypes = [ctypes.c_void_p] * 4 + [ctypes.c_int64] * 4
+    check_sizes(library)
+    return library
