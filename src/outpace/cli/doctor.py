@@ -133,19 +133,30 @@ def _decoding_path() -> dict[str, Any]:
     import torch
 
     from outpace.target.loading import default_device, default_dtype
+    from outpace.target.native.build import why_not
 
     device = default_device()
     dtype = default_dtype(device)
     name = str(dtype).removeprefix("torch.")
     captured, slower = _captures(device)
+    compiled = device.type == "cpu" and why_not(dtype) is None
     if captured:
         active = "fused kernels in captured CUDA graphs, rounds on the device"
+    elif device.type == "cpu" and compiled:
+        active = "passes compiled for this processor, one call each"
+        slower = "captured graphs need a CUDA device"
     elif device.type == "cpu":
         active = "joined weights, four products a layer, grouped attention"
+        slower = str(why_not(dtype))
     else:
         active = "readable loop, Hugging Face modules, grouped SDPA attention"
-    invariant = dtype == torch.bfloat16 and (captured or device.type == "cpu")
-    if invariant:
+    invariant = compiled or (dtype == torch.bfloat16 and (captured or device.type == "cpu"))
+    if compiled:
+        why = (
+            "the logits of a row do not depend, bit for bit, on what else is in the pass, in trees and batches as in "
+            "chains, so tokens are equal outright (passes of more than 512 rows: up to near ties)"
+        )
+    elif invariant:
         why = (
             f"on {device.type} in {name} the logits of a row do not depend, bit for bit, on how many rows are in the "
             "pass, so tokens with drafts that are chains are equal outright; trees and scouts move keys to other "
