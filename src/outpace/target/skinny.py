@@ -1,9 +1,9 @@
 """Products of a few rows on a CPU that are not part of a compiled pass: drafters', and those of passes that train.
 
 They take the compiled kernels (`target.native`) where there are some and they are quicker: in float32, and in bfloat16
-on processors that do not multiply it. Without, in float32: with 2 to 16 rows the library's kernel for x @ weight.T takes
-twice as long as one row does, or longer (docs/log.md); weight @ x.T, padded to a multiple of four rows, takes little
-longer than reading the weight. In bfloat16 PyTorch's kernels read once, and give a row the same bits whatever stands
+on processors that do not multiply it. Without, in float32: with 2 to 16 rows the library's kernel for x @ weight.T
+takes twice as long as one row does, or longer (docs/log.md); weight @ x.T, padded to a multiple of four rows, takes
+little longer than reading the weight. In bfloat16 PyTorch's kernels read once, and give a row the same bits whatever stands
 beside it, so they are left alone.
 
 A drafter's weights may be rounded to eight bits besides (`round_weights`): a guess that is a little off costs no token,

@@ -2,8 +2,8 @@
 
 The latter is here, in PyTorch's operations: query, key and value come from one product, gate and up from another;
 rotation turns queries and keys together; masks, angles and the room for keys are made once per pass. Each step rounds
-where the model's modules round, so the two agree to the last bits a product of another width may differ in. Four products
-a layer instead of seven pay on two cores. It is what tests compare compiled passes with, and what has gradients.
+where the model's modules round, so the two agree to the last bits a product of another width may differ in. Four
+products a layer instead of seven pay on two cores. Tests compare compiled passes with it, and it has gradients.
 """
 
 from __future__ import annotations

@@ -36,8 +36,6 @@ typedef float vec __attribute__((vector_size(LANES * 4)));
 typedef float loose __attribute__((vector_size(LANES * 4), aligned(4), may_alias));
 typedef int32_t ivec __attribute__((vector_size(LANES * 4)));
 typedef uint32_t uvec __attribute__((vector_size(LANES * 4)));
-typedef float eight __attribute__((vector_size(32)));
-typedef float four __attribute__((vector_size(16)));
 
 /* ---- numbers: what weights, keys and values are stored in; inputs: what enters a product ------------------------- */
 
@@ -95,15 +93,23 @@ INLINE input input_of(float value) { return wide(narrow(value)); }
 
 INLINE vec all(float value) { return (vec){0} + value; }
 
+/* The sum of all lanes, always in the same order: halves onto each other until two are left. */
 INLINE float total(vec v) {
+#if defined(__AVX__)
 #if LANES == 16
-    eight a = __builtin_shufflevector(v, v, 0, 1, 2, 3, 4, 5, 6, 7) + __builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15);
+    __m256 a = _mm512_castps512_ps256((__m512)v);
+    a = _mm256_add_ps(a, _mm256_castpd_ps(_mm512_extractf64x4_pd(_mm512_castps_pd((__m512)v), 1)));
 #else
-    eight a = v;
+    __m256 a = (__m256)v;
 #endif
-    four b = __builtin_shufflevector(a, a, 0, 1, 2, 3) + __builtin_shufflevector(a, a, 4, 5, 6, 7);
-    b += __builtin_shufflevector(b, b, 2, 3, 0, 1);
-    return b[0] + b[1];
+    __m128 b = _mm_add_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
+    b = _mm_add_ps(b, _mm_movehl_ps(b, b));
+    return _mm_cvtss_f32(_mm_add_ss(b, _mm_movehdup_ps(b)));
+#else
+    for (int n = LANES / 2; n; n /= 2)
+        for (int i = 0; i < n; i++) v[i] += v[i + n];
+    return v[0];
+#endif
 }
 
 INLINE vec exponential(vec x) {
