@@ -3,8 +3,8 @@
 They take the compiled kernels (`target.native`) where there are some and they are quicker: in float32, and in bfloat16
 on processors that do not multiply it. Without, in float32: with 2 to 16 rows the library's kernel for x @ weight.T
 takes twice as long as one row does, or longer (docs/log.md); weight @ x.T, padded to a multiple of four rows, takes
-little longer than reading the weight. In bfloat16 PyTorch's kernels read once, and give a row the same bits whatever stands
-beside it, so they are left alone.
+little longer than reading the weight. PyTorch's bfloat16 kernels read once, and give a row the same bits whatever
+stands beside it, so they are left alone.
 
 A drafter's weights may be rounded to eight bits besides (`round_weights`): a guess that is a little off costs no token,
 and a quarter of the bytes is read. Never a target's.
@@ -14,14 +14,16 @@ from __future__ import annotations
 
 import os
 import platform
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Final
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
-from outpace.target.native.build import has_bfloat16_products
-from outpace.target.native.product import product
+from outpace.target.native.build import has_bfloat16_products, why_not
+from outpace.target.native.product import apply, finish_block, product, project_heads
+from outpace.target.native.structs import Weight
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -29,7 +31,7 @@ if TYPE_CHECKING:
 MOST_ROWS: Final = 16  # padded and taken the other way round
 _MOST_COMPILED: Final = 64
 LEAST: Final = 1 << 16  # numbers of a weight worth rounding
-MOST_EIGHT: Final = 8  # rows whose product is quicker in eight bits
+MOST_EIGHT: Final = 16  # rows whose product is quicker in eight bits
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, eight: Eight | None = None) -> Tensor:
@@ -59,38 +61,53 @@ def same_product(rows: int, more: int) -> bool:
 
 
 class Eight:
-    """A weight in eight bits, a scale per output, read by bfloat16 inputs; sums are float32.
+    """A weight in eight bits, a scale per output; sums are float32.
+
+    Inputs are float32 where kernels are compiled (`target.native`); PyTorch's, taken elsewhere, round them to bfloat16.
 
     Args:
-        weight: [N, K] float32. bias: [N] or None.
+        weight: [N, K]. bias: [N] or None.
     """
 
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
-        weight = weight.detach()
-        scales = (weight.abs().amax(1) / 127).clamp_min(1e-12)
-        self.rounded = (weight / scales[:, None]).round().to(torch.int8)
-        self.scales, self.bias = scales.bfloat16(), None if bias is None else bias.detach()
+        weight = weight.detach().float()
+        self.scales = (weight.abs().amax(1) / 127).clamp_min(1e-12)
+        self.rounded = (weight / self.scales[:, None]).round().to(torch.int8)
+        self.bias = None if bias is None else bias.detach().float()
+        self.weight = Weight(
+            bytes=self.rounded.data_ptr(),
+            scales=self.scales.data_ptr(),
+            bias=None if self.bias is None else self.bias.data_ptr(),
+            width=weight.shape[0],
+            depth=weight.shape[1],
+        )
 
     def serves(self, x: Tensor) -> bool:
-        """Whether it may take this product: of few rows, on a CPU in float32, without gradients."""
-        if x.dtype != torch.float32 or x.device.type != "cpu" or torch.is_grad_enabled():
+        """Whether it may take this product: of few rows, on a CPU, without gradients."""
+        if x.device.type != "cpu" or torch.is_grad_enabled():
             return False
         return 0 < x.numel() <= MOST_EIGHT * x.shape[-1]
 
     def __call__(self, x: Tensor) -> Tensor:
-        """[..., K] float32 -> [..., N]."""
-        flat = x.reshape(-1, x.shape[-1]).bfloat16()
-        out: Tensor = torch._weight_int8pack_mm(flat, self.rounded, self.scales).float()
-        if self.bias is not None:
-            out += self.bias
-        return out.view(*x.shape[:-1], -1)
+        """[..., K] -> [..., N], in the dtype of x."""
+        flat = x.reshape(-1, x.shape[-1])
+        out = apply(flat.float(), self.weight)
+        if out is None:
+            out = torch._weight_int8pack_mm(flat.bfloat16(), self.rounded, self.scales.bfloat16()).float()
+            if self.bias is not None:
+                out += self.bias
+        return out.to(x.dtype).view(*x.shape[:-1], -1)
 
 
 def takes_eight(weight: Tensor) -> bool:
-    """Whether products with a weight are quicker in eight bits here: on an x86 CPU in float32, unless switched off."""
+    """Whether products with a weight are quicker in eight bits here: on an x86 CPU, unless switched off.
+
+    In float32; and in bfloat16 where kernels are compiled.
+    """
+    dtypes = (torch.float32, torch.bfloat16) if why_not(torch.float32) is None else (torch.float32,)
     return (
         weight.device.type == "cpu"
-        and weight.dtype == torch.float32
+        and weight.dtype in dtypes
         and weight.numel() >= LEAST
         and platform.machine().lower() in ("x86_64", "amd64")
         and hasattr(torch, "_weight_int8pack_mm")
@@ -118,3 +135,48 @@ class Linear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         """[..., K] -> [..., N]."""
         return linear(x, self.weight, self.bias, self.eight)
+
+
+def heads_in_one(x: Tensor, layers: Sequence[Linear], cos: Tensor, sin: Tensor) -> tuple[Tensor, ...] | None:
+    """Queries, keys and values of x [..., K] in one compiled call, the first two rotated by cos, sin [..., 1, size].
+
+    None where it cannot be taken so: with gradients, many rows, weights of which none is in eight bits.
+    """
+    weights = _weights(x, layers)
+    if weights is None:
+        return None
+    rows = x.shape[:-1]
+    flat = [t.expand(*rows, *t.shape[-2:]).reshape(-1, t.shape[-1]) for t in (cos, sin)]
+    found = project_heads(weights, x.reshape(-1, x.shape[-1]).float(), flat[0], flat[1], cos.shape[-1])
+    return tuple(t.to(x.dtype).view(*rows, -1) for t in found)
+
+
+def finish_in_one(
+    residual: Tensor, attended: Tensor, layers: Sequence[Linear], gamma: Tensor, eps: float
+) -> Tensor | None:
+    """A block behind attention in one compiled call, residual [..., H], attended [..., A]; None as above.
+
+    layers: the attention's output, gate, up, down.
+    """
+    weights = _weights(residual, layers)
+    if weights is None:
+        return None
+    flat = [t.reshape(-1, t.shape[-1]).float() for t in (residual, attended)]
+    return finish_block(weights, flat[0], flat[1], gamma.detach().float(), eps).to(residual.dtype).view(residual.shape)
+
+
+def _weights(x: Tensor, layers: Sequence[Linear]) -> list[Weight] | None:
+    """What compiled calls read of layers; None if they cannot, or if none of them is in eight bits."""
+    if why_not(torch.float32) is not None or all(layer.eight is None or not layer.eight.serves(x) for layer in layers):
+        return None
+    found = [layer.eight.weight if layer.eight is not None else _numbers(layer) for layer in layers]
+    return None if None in found else found  # type: ignore[return-value]
+
+
+def _numbers(layer: Linear) -> Weight | None:
+    tensors = [layer.weight] if layer.bias is None else [layer.weight, layer.bias]
+    if any(t.dtype != torch.float32 or not t.is_contiguous() for t in tensors):
+        return None
+    width, depth = layer.weight.shape
+    bias = None if layer.bias is None else layer.bias.data_ptr()
+    return Weight(numbers=layer.weight.data_ptr(), bias=bias, width=width, depth=depth)

@@ -23,7 +23,7 @@ import torch
 
 from outpace.errors import UnsupportedError
 from outpace.target.dense import cache_folder
-from outpace.target.native.structs import Model, Run, check_sizes
+from outpace.target.native.structs import Model, Run, Weight, check_sizes
 
 _LOG: Final = logging.getLogger("outpace")
 _SOURCE: Final = Path(__file__).with_name("pass.c")
@@ -81,19 +81,20 @@ def _loaded(dtype: torch.dtype, asked: str) -> ctypes.CDLL:
     compiler = next((c for c in (os.environ.get("CC"), "gcc", "cc") if c and shutil.which(c)), None)
     if compiler is None:
         raise UnsupportedError("compiled passes need a C compiler (apt install gcc, or name one in CC)")
-    half = int(dtype == torch.bfloat16)
+    half = dtype == torch.bfloat16
+    flags = (*_FLAGS, f"-DHALF={int(half)}", f"-DMATRIX={int(half and _may_use_matrix_units())}")
     digest = hashlib.sha256(_SOURCE.read_bytes())
-    for fact in (_said(compiler, "--version"), _processor(), *_FLAGS):
+    for fact in (_said(compiler, "--version"), _processor(), *flags):
         digest.update(fact.encode())
-    name = f"pass-{('float32', 'bfloat16')[half]}-{digest.hexdigest()[:16]}.so"
+    name = f"pass-{str(dtype).removeprefix('torch.')}-{digest.hexdigest()[:16]}.so"
     folder = cache_folder()
     if folder is not None:
-        return _opened(_compiled(compiler, half, folder / "native", name))
+        return _opened(_compiled(compiler, flags, folder / "native", name))
     with tempfile.TemporaryDirectory() as temporary:
-        return _opened(_compiled(compiler, half, Path(temporary), name))
+        return _opened(_compiled(compiler, flags, Path(temporary), name))
 
 
-def _compiled(compiler: str, half: int, folder: Path, name: str) -> Path:
+def _compiled(compiler: str, flags: tuple[str, ...], folder: Path, name: str) -> Path:
     """The library in a folder, made if it is not there; it appears whole or not at all."""
     made = folder / name
     if made.is_file():
@@ -102,11 +103,17 @@ def _compiled(compiler: str, half: int, folder: Path, name: str) -> Path:
     _LOG.info("compiling passes for this processor, once (%s)", made)
     with tempfile.TemporaryDirectory(dir=folder) as temporary:
         unit, library = Path(temporary) / "pass.o", Path(temporary) / name
-        _said(compiler, *_FLAGS, f"-DHALF={half}", "-c", str(_SOURCE), "-o", str(unit))
+        _said(compiler, *flags, "-c", str(_SOURCE), "-o", str(unit))
         # Linked without -fopenmp: threads are those of the OpenMP runtime that PyTorch has loaded.
         _said(compiler, "-shared", str(unit), "-o", str(library), "-lm")
         library.replace(made)
     return made
+
+
+def _may_use_matrix_units() -> bool:
+    """Ask Linux for the tile registers of this process (AMX); they are given to whoever asks, where there are some."""
+    ask, tile_data, arch_prctl = 0x1023, 18, 158
+    return has_matrix_units() and ctypes.CDLL(None).syscall(arch_prctl, ask, tile_data) == 0
 
 
 def _said(compiler: str, *arguments: str) -> str:
@@ -136,5 +143,10 @@ def _opened(path: Path) -> ctypes.CDLL:
     library.outpace_space.argtypes = library.outpace_pass.argtypes = [ctypes.POINTER(Model), ctypes.POINTER(Run)]
     library.outpace_pass.restype = None
     library.outpace_product.argtypes = [ctypes.c_void_p] * 4 + [ctypes.c_int64] * 4
+    if hasattr(library, "outpace_apply"):
+        weights, at, count = ctypes.POINTER(Weight), ctypes.c_void_p, ctypes.c_int64
+        library.outpace_apply.argtypes = [weights, at, at, count, count]
+        library.outpace_heads.argtypes = [weights, *[at] * 6, *[count] * 3]
+        library.outpace_finish.argtypes = [weights, *[at] * 3, ctypes.c_float, at, at, count, count]
     check_sizes(library)
     return library

@@ -25,8 +25,15 @@
 #else
 #define LANES 8
 #endif
+#ifndef MATRIX
+#define MATRIX 0      /* whether products take the processor's matrix unit (AMX): HALF only */
+#endif
 #define MOST_ROWS 512 /* of a pass, all requests together */
+#if MATRIX
+#define GROUP 16      /* weight rows a thread takes at a time: those of a tile register */
+#else
 #define GROUP 12      /* weight rows a thread takes at a time; a multiple of the tiles' 3, 4 and 6 */
+#endif
 #define MOST_GROUP 64 /* query heads that share a key head */
 #define BLOCK 4       /* rows of a request that attend together */
 #define KEYS 48       /* keys whose values stay in the first cache while all queries read them; a multiple of GROUP */
@@ -179,13 +186,18 @@ struct run {
 /* ---- buffers -------------------------------------------------------------------------------------------------------- */
 
 struct buffers {
-    input *normed, *attended, *inner, *last, *low;
+    input *normed, *attended, *inner, *last, *low, *packed;
     float *joined, *added, *scores;
 };
 
 static int64_t span_of(const struct run *run) { return (run->longest + run->rows + 2 * GROUP + LANES) / LANES * LANES; }
 
 static int64_t most_queries(const struct model *m) { return BLOCK * (m->heads / m->key_heads); }
+
+static int64_t widest_of(const struct model *m) {
+    int64_t widest = m->hidden > m->inner ? m->hidden : m->inner;
+    return widest > m->heads * m->size ? widest : m->heads * m->size;
+}
 
 static int64_t lay_out(const struct model *m, const struct run *run, struct buffers *b) {
     int64_t rows = run->batch * run->rows, at = 0, joined = (m->heads + 2 * m->key_heads) * m->size;
@@ -197,6 +209,7 @@ static int64_t lay_out(const struct model *m, const struct run *run, struct buff
     PIECE(inner, input, rows * m->inner);
     PIECE(last, input, rows * m->hidden);
     PIECE(low, input, 3 * rows * run->ranks);
+    PIECE(packed, input, MATRIX ? (rows + 15) / 16 * 16 * widest_of(m) : 0);
     PIECE(joined, float, rows * joined);
     PIECE(added, float, rows * m->hidden);
     PIECE(scores, float, run->threads * most_queries(m) * (span_of(run) + 2 * m->size + STEP));
@@ -263,7 +276,11 @@ TILE(1, 1)
 TILE(1, 4)
 TILE(2, 4)
 TILE(3, 4)
-#if LANES == 16
+#if MATRIX
+#define ACROSS 4
+TILE(4, 4)
+#define TILE_4 tile_4x4
+#elif LANES == 16
 #define ACROSS 6
 TILE(4, 6)
 #define TILE_4 tile_4x6
@@ -291,6 +308,99 @@ static void group(const input *x, const number *w, int64_t rows, int64_t depth, 
         if (rows - r == 2) tile_2x4(at, w + c * depth, to, stride, depth, ahead);
         if (rows - r == 1) tile_1x4(at, w + c * depth, to, stride, depth, ahead);
     }
+}
+
+/* ---- the matrix unit: weight rows as they lie are one factor, rows of x packed in pairs the other --------------------- */
+
+#define WIDE 16  /* rows of x in a tile register */
+#define DEEP 32  /* numbers of depth in one */
+#define PACKED_SIZE(rows, depth) (((rows) + WIDE - 1) / WIDE * WIDE * (depth))
+
+INLINE int takes_matrix(int64_t depth) { return MATRIX && depth % DEEP == 0; }
+
+/* x [rows, depth] into blocks of WIDE rows, steps of DEEP, pairs: [block][step][pair][row][2]; missing rows are zero. */
+static void pack(const input *x, int64_t rows, int64_t depth, input *packed) {
+    if (!takes_matrix(depth)) return;
+    int64_t steps = depth / DEEP, blocks = (rows + WIDE - 1) / WIDE;
+#pragma omp for schedule(static)
+    for (int64_t i = 0; i < blocks * steps; i++) {
+        int64_t block = i / steps, step = i % steps;
+        for (int64_t r = 0; r < WIDE; r++) {
+            int64_t row = block * WIDE + r;
+            for (int64_t pair = 0; pair < DEEP / 2; pair++) {
+                uint32_t both = 0;
+                if (row < rows) memcpy(&both, x + row * depth + step * DEEP + 2 * pair, sizeof both);
+                memcpy(packed + i * WIDE * DEEP + (pair * WIDE + r) * 2, &both, sizeof both);
+            }
+        }
+    }
+}
+
+#if MATRIX
+struct tiles { uint8_t palette, start, reserved[14]; uint16_t bytes[16]; uint8_t rows[16]; } __attribute__((aligned(64)));
+
+static void open_tiles(struct tiles *before) {
+    struct tiles tiles = {.palette = 1};
+    for (int i = 0; i < 6; i++) tiles.bytes[i] = 64, tiles.rows[i] = 16;
+    _tile_storeconfig(before); /* PyTorch's own kernels may count on theirs */
+    _tile_loadconfig(&tiles);
+}
+
+static void close_tiles(const struct tiles *before) {
+    if (before->palette) _tile_loadconfig(before);
+    else _tile_release();
+}
+
+/* Packed rows times GROUP weight rows into out [rows, GROUP], four blocks of rows for each reading of the weights. */
+static void matrix_group(const input *packed, const number *w, int64_t rows, int64_t depth, float *out) {
+    int64_t steps = depth / DEEP, blocks = (rows + WIDE - 1) / WIDE, size = WIDE * DEEP;
+    float sums[4][GROUP * WIDE] __attribute__((aligned(64)));
+    for (int64_t b = 0; b < blocks; b += 4) {
+        const input *x = packed + b * steps * size;
+        int64_t some = blocks - b < 4 ? blocks - b : 4;
+        _tile_zero(0);
+        _tile_zero(1);
+        _tile_zero(2);
+        _tile_zero(3);
+        for (int64_t step = 0; step < steps; step++) {
+            _tile_loadd(4, w + step * DEEP, depth * sizeof(number));
+            if (!b)
+                for (int r = 0; r < GROUP; r++) __builtin_prefetch(w + (GROUP + r) * depth + step * DEEP, 0, 3);
+            _tile_loadd(5, x + step * size, 64);
+            _tile_dpbf16ps(0, 4, 5);
+            if (some > 1) {
+                _tile_loadd(5, x + (steps + step) * size, 64);
+                _tile_dpbf16ps(1, 4, 5);
+            }
+            if (some > 2) {
+                _tile_loadd(5, x + (2 * steps + step) * size, 64);
+                _tile_dpbf16ps(2, 4, 5);
+            }
+            if (some > 3) {
+                _tile_loadd(5, x + (3 * steps + step) * size, 64);
+                _tile_dpbf16ps(3, 4, 5);
+            }
+        }
+        _tile_stored(0, sums[0], 64);
+        if (some > 1) _tile_stored(1, sums[1], 64);
+        if (some > 2) _tile_stored(2, sums[2], 64);
+        if (some > 3) _tile_stored(3, sums[3], 64);
+        for (int64_t r = b * WIDE; r < rows && r < (b + 4) * WIDE; r++)
+            for (int c = 0; c < GROUP; c++) out[r * GROUP + c] = sums[r / WIDE - b][c * WIDE + r % WIDE];
+    }
+}
+#endif
+
+/* x [rows, depth], and the same packed, times `count` weight rows into out [rows, GROUP]. */
+static void weigh(const input *x, const input *packed, const number *w, int64_t rows, int64_t depth, int64_t count, float *out) {
+#if MATRIX
+    if (count == GROUP && takes_matrix(depth)) {
+        matrix_group(packed, w, rows, depth, out);
+        return;
+    }
+#endif
+    (void)packed;
+    group(x, w, rows, depth, count, out, GROUP, 1);
 }
 
 /* A request's rows from `main` on are scouts; number them through. -1: not one. */
@@ -343,14 +453,15 @@ static void complete(const struct run *run, const struct product *p, const input
 enum use { STORE, ADD, LOGITS };
 
 /* x times the weight into `to` [rows, width]: stored, added, or handed out. */
-static void multiply(const struct run *run, const struct product *p, const input *x, const input *low, int64_t rows,
-                     enum use use, void *to) {
+static void multiply(const struct run *run, const struct product *p, const input *x, input *packed, const input *low,
+                     int64_t rows, enum use use, void *to) {
+    pack(x, rows, p->depth, packed);
     int64_t groups = (p->width + GROUP - 1) / GROUP, each = groups / (4 * run->threads) + 1;
 #pragma omp for schedule(dynamic, each)
     for (int64_t g = 0; g < groups; g++) {
         float out[MOST_ROWS * GROUP];
         int64_t from = g * GROUP, count = p->width - from < GROUP ? p->width - from : GROUP;
-        group(x, p->weight + from * p->depth, rows, p->depth, count, out, GROUP, 1);
+        weigh(x, packed, p->weight + from * p->depth, rows, p->depth, count, out);
         if (use != LOGITS) complete(run, p, low, rows, from, count, out);
         else if (p->bias)
             for (int64_t r = 0; r < rows; r++)
@@ -372,14 +483,15 @@ INLINE vec activated(vec gate, vec up, int64_t gelu) {
 
 /* act(x @ gate.T) * (x @ up.T) into inner [rows, width / 2]. */
 static void gate(const struct model *m, const struct run *run, const struct product *p, const input *x,
-                 const input *low, int64_t rows, input *inner) {
+                 input *packed, const input *low, int64_t rows, input *inner) {
+    pack(x, rows, p->depth, packed);
     int64_t width = p->width / 2, groups = (width + GROUP - 1) / GROUP, each = groups / (4 * run->threads) + 1;
 #pragma omp for schedule(dynamic, each)
     for (int64_t g = 0; g < groups; g++) {
         float out[2][MOST_ROWS * GROUP + LANES];
         int64_t from = g * GROUP, count = width - from < GROUP ? width - from : GROUP;
         for (int half = 0; half < 2; half++) {
-            group(x, p->weight + (half * width + from) * p->depth, rows, p->depth, count, out[half], GROUP, 1);
+            weigh(x, packed, p->weight + (half * width + from) * p->depth, rows, p->depth, count, out[half]);
             complete(run, p, low, rows, half * width + from, count, out[half]);
         }
         for (int64_t i = 0; i < rows * GROUP; i += LANES)
@@ -608,18 +720,18 @@ static void run_layer(const struct model *m, const struct run *run, const struct
     number *behind_last = i ? run->behind[i - 1] : NULL;
     between(m, run, b, i ? run->layer[i - 1]->norm_mlp_out : NULL, layer->norm_attention, behind_last, run->before[i], b->normed);
     lower(run, &layer->qkv, b->normed, b->low);
-    multiply(run, &layer->qkv, b->normed, b->low, rows, STORE, b->joined);
+    multiply(run, &layer->qkv, b->normed, b->packed, b->low, rows, STORE, b->joined);
     turn(m, run, layer, b, run->keys[i], run->values[i]);
     attend(m, run, layer, b, run->keys[i], run->values[i]);
     lower(run, &layer->out, b->attended, b->low);
-    if (layer->norm_attention_out) multiply(run, &layer->out, b->attended, b->low, rows, STORE, b->added);
-    else multiply(run, &layer->out, b->attended, b->low, rows, ADD, run->hidden);
+    if (layer->norm_attention_out) multiply(run, &layer->out, b->attended, b->packed, b->low, rows, STORE, b->added);
+    else multiply(run, &layer->out, b->attended, b->packed, b->low, rows, ADD, run->hidden);
     between(m, run, b, layer->norm_attention_out, layer->norm_mlp, NULL, NULL, b->normed);
     lower(run, &layer->gate_up, b->normed, b->low);
-    gate(m, run, &layer->gate_up, b->normed, b->low, rows, b->inner);
+    gate(m, run, &layer->gate_up, b->normed, b->packed, b->low, rows, b->inner);
     lower(run, &layer->down, b->inner, b->low);
-    if (layer->norm_mlp_out) multiply(run, &layer->down, b->inner, b->low, rows, STORE, b->added);
-    else multiply(run, &layer->down, b->inner, b->low, rows, ADD, run->hidden);
+    if (layer->norm_mlp_out) multiply(run, &layer->down, b->inner, b->packed, b->low, rows, STORE, b->added);
+    else multiply(run, &layer->down, b->inner, b->packed, b->low, rows, ADD, run->hidden);
 }
 
 static void finish(const struct model *m, const struct run *run, const struct buffers *b) {
@@ -633,7 +745,7 @@ static void finish(const struct model *m, const struct run *run, const struct bu
 #pragma omp for schedule(static)
     for (int64_t i = 0; i < run->batch * wanted; i++)
         memcpy(b->last + i * n, b->normed + (i / wanted * run->rows + run->head_from + i % wanted) * n, n * sizeof(input));
-    multiply(run, &m->head, b->last, NULL, run->batch * wanted, LOGITS, run->logits);
+    multiply(run, &m->head, b->last, b->packed, NULL, run->batch * wanted, LOGITS, run->logits);
 }
 
 void outpace_pass(const struct model *m, const struct run *run) {
@@ -641,8 +753,15 @@ void outpace_pass(const struct model *m, const struct run *run) {
     lay_out(m, run, &b);
 #pragma omp parallel num_threads((int)run->threads)
     {
+#if MATRIX
+        struct tiles before;
+        open_tiles(&before);
+#endif
         for (int64_t i = 0; i < run->layers; i++) run_layer(m, run, &b, i);
         finish(m, run, &b);
+#if MATRIX
+        close_tiles(&before);
+#endif
     }
 }
 
@@ -659,10 +778,171 @@ int outpace_product(const number *x, const number *weight, const number *bias, n
 #else
     const input *inputs = x;
 #endif
+#if MATRIX
+    input *packed = aligned_alloc(64, PACKED_SIZE(rows, depth + DEEP) * sizeof(input));
+    if (!packed) return 1;
+#else
+    input *packed = NULL;
+#endif
 #pragma omp parallel num_threads((int)threads)
-    multiply(&run, &product, inputs, NULL, rows, LOGITS, out);
+    {
+#if MATRIX
+        struct tiles before;
+        open_tiles(&before);
+#endif
+        multiply(&run, &product, inputs, packed, NULL, rows, LOGITS, out);
+#if MATRIX
+        close_tiles(&before);
+#endif
+    }
 #if HALF && !PAIRS
     free(inputs);
 #endif
+#if MATRIX
+    free(packed);
+#endif
     return 0;
 }
+
+/* ---- products with weights in eight bits, a scale per weight row: x and out float32 -------------------------------- */
+
+#if !HALF
+INLINE vec from_bytes(const int8_t *from) {
+#if defined(__AVX512F__)
+    return (vec)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)from)));
+#elif defined(__AVX2__)
+    return (vec)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)from)));
+#else
+    vec some;
+    for (int i = 0; i < LANES; i++) some[i] = (float)from[i];
+    return some;
+#endif
+}
+
+/* R rows times C weight rows, before their scales. */
+#define BYTES(R, C)                                                                                                    \
+    INLINE void bytes_##R##x##C(const float *x, const int8_t *w, float *out, int64_t stride, int64_t depth) {          \
+        vec sums[R][C];                                                                                                \
+        int64_t k = 0;                                                                                                 \
+        for (int r = 0; r < R; r++)                                                                                    \
+            for (int c = 0; c < C; c++) sums[r][c] = (vec){0};                                                         \
+        for (; k + LANES <= depth; k += LANES) {                                                                       \
+            vec some[C];                                                                                               \
+            for (int c = 0; c < C; c++) some[c] = from_bytes(w + c * depth + k);                                       \
+            if (R == 1 || k % 64 == 0)                                                                                 \
+                for (int c = 0; c < C; c++) __builtin_prefetch(w + (AHEAD + c) * depth + k, 0, 3);                     \
+            for (int r = 0; r < R; r++) {                                                                              \
+                vec row = *(const loose *)(x + r * depth + k);                                                         \
+                for (int c = 0; c < C; c++) sums[r][c] = FUSED(row, some[c], sums[r][c]);                              \
+            }                                                                                                          \
+        }                                                                                                              \
+        for (int r = 0; r < R; r++)                                                                                    \
+            for (int c = 0; c < C; c++) {                                                                              \
+                float sum = total(sums[r][c]);                                                                         \
+                for (int64_t j = k; j < depth; j++) sum = FUSED_ONE(x[r * depth + j], (float)w[c * depth + j], sum);   \
+                out[r * stride + c] = sum;                                                                             \
+            }                                                                                                          \
+    }
+
+#define AHEAD 8 /* weight rows from here, those to fetch next */
+BYTES(1, 1)
+BYTES(1, 4)
+BYTES(2, 4)
+BYTES(4, 2)
+
+struct weight { /* in eight bits with scales, or as numbers */
+    const int8_t *bytes;
+    const float *scales, *numbers, *bias;
+    int64_t width, depth;
+};
+
+/* x [rows, depth] times four weight rows from `from` on (or what is left of them) into out [rows, width]. */
+static void four_bytes(const struct weight *weight, const float *x, int64_t rows, int64_t from, float *out) {
+    int64_t width = weight->width, depth = weight->depth, count = width - from < 4 ? width - from : 4, r = 0;
+    const int8_t *w = weight->bytes + from * depth;
+    float *to = out + from;
+    if (count < 4)
+        for (; r < rows; r++)
+            for (int64_t c = 0; c < count; c++) bytes_1x1(x + r * depth, w + c * depth, to + r * width + c, width, depth);
+    for (; r + 4 <= rows; r += 4)
+        for (int c = 0; c < 4; c += 2) bytes_4x2(x + r * depth, w + c * depth, to + r * width + c, width, depth);
+    for (; r + 2 <= rows; r += 2) bytes_2x4(x + r * depth, w, to + r * width, width, depth);
+    for (; r < rows; r++) bytes_1x4(x + r * depth, w, to + r * width, width, depth);
+    for (r = 0; r < rows; r++)
+        for (int64_t c = 0; c < count; c++)
+            to[r * width + c] = FUSED_ONE(to[r * width + c], weight->scales[from + c], weight->bias ? weight->bias[from + c] : 0.0f);
+}
+
+/* x [rows, depth] into out [rows, width], by all threads of a region. */
+static void apply(const struct weight *weight, const float *x, int64_t rows, float *out, int64_t threads) {
+    if (weight->bytes) {
+        int64_t groups = (weight->width + 3) / 4, each = groups / (4 * threads) + 1;
+#pragma omp for schedule(dynamic, each)
+        for (int64_t g = 0; g < groups; g++) four_bytes(weight, x, rows, 4 * g, out);
+    } else {
+        struct run run = {.threads = threads};
+        struct product product = {
+            .weight = weight->numbers, .bias = weight->bias, .width = weight->width, .depth = weight->depth};
+        multiply(&run, &product, x, NULL, NULL, rows, LOGITS, out);
+    }
+}
+
+void outpace_apply(const struct weight *weight, const float *x, float *out, int64_t rows, int64_t threads) {
+#pragma omp parallel num_threads((int)threads)
+    apply(weight, x, rows, out, threads);
+}
+
+/* ---- a drafter's block, float32: what stands before attention, and what stands behind it ---------------------------- */
+
+/* Queries, keys and values of x, the first two rotated. weights: three. cos, sin: [rows, size], both halves alike. */
+void outpace_heads(const struct weight *weights, const float *x, const float *cos, const float *sin, float *queries,
+                   float *keys, float *values, int64_t rows, int64_t size, int64_t threads) {
+    float *to[] = {queries, keys, values};
+#pragma omp parallel num_threads((int)threads)
+    {
+        for (int i = 0; i < 3; i++) apply(weights + i, x, rows, to[i], threads);
+        for (int i = 0; i < 2; i++) {
+            int64_t width = weights[i].width, half = size / 2;
+#pragma omp for schedule(static)
+            for (int64_t r = 0; r < rows; r++)
+                for (float *head = to[i] + r * width; head < to[i] + (r + 1) * width; head += size)
+                    for (int64_t j = 0; j < half; j++) {
+                        float one = head[j], two = head[j + half], c = cos[r * size + j], s = sin[r * size + j];
+                        head[j] = one * c - two * s;
+                        head[j + half] = two * c + one * s;
+                    }
+        }
+    }
+}
+
+/* residual + out(attended), and the gated part behind the norm added. weights: out, gate, up, down. space: room for
+   rows * (2 * hidden + 2 * inner). */
+void outpace_finish(const struct weight *weights, const float *residual, const float *attended, const float *gamma,
+                    float eps, float *out, float *space, int64_t rows, int64_t threads) {
+    int64_t hidden = weights[0].width, inner = weights[1].width;
+    float *added = space, *normed = added + rows * hidden, *gates = normed + rows * hidden, *ups = gates + rows * inner;
+#pragma omp parallel num_threads((int)threads)
+    {
+        apply(weights, attended, rows, added, threads);
+#pragma omp for schedule(static)
+        for (int64_t r = 0; r < rows; r++) {
+            float *row = out + r * hidden;
+            for (int64_t i = 0; i < hidden; i++) row[i] = residual[r * hidden + i] + added[r * hidden + i];
+            float inverse = inverse_rms(row, hidden, eps);
+            for (int64_t i = 0; i < hidden; i++) normed[r * hidden + i] = row[i] * inverse * gamma[i];
+        }
+        apply(weights + 1, normed, rows, gates, threads);
+        apply(weights + 2, normed, rows, ups, threads);
+#pragma omp for schedule(static)
+        for (int64_t r = 0; r < rows; r++) {
+            int64_t i = 0;
+            float *gate = gates + r * inner, *up = ups + r * inner;
+            for (; i + LANES <= inner; i += LANES) *(loose *)(gate + i) = activated(*(loose *)(gate + i), *(loose *)(up + i), 0);
+            for (; i < inner; i++) gate[i] = gate[i] / (1.0f + expf(-gate[i])) * up[i];
+        }
+        apply(weights + 3, gates, rows, added, threads);
+#pragma omp for schedule(static)
+        for (int64_t i = 0; i < rows * hidden; i++) out[i] += added[i];
+    }
+}
+#endif

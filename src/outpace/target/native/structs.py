@@ -81,6 +81,16 @@ class Run(ctypes.Structure):
     ]
 
 
+class Weight(ctypes.Structure):
+    """A weight of a drafter: in eight bits with scales, or float32 numbers."""
+
+    _fields_: ClassVar[Any] = [
+        *((name, _Pointer) for name in ("bytes", "scales", "numbers", "bias")),
+        ("width", _Count),
+        ("depth", _Count),
+    ]
+
+
 def check_sizes(library: ctypes.CDLL) -> None:
     """Assert that C and Python mean the same bytes."""
     for index, struct in enumerate((Part, Product, Layer, Model, Run)):
