@@ -51,6 +51,7 @@ _AHEAD = 128  # numbers of a request fetched at once
 _BUDGET = {"cpu": 16, "cuda": 48}
 _MIN_GAIN = {"cpu": 0.05, "cuda": 0.0}
 _EAGLE_BUDGET = 1
+_GPU_DEPTH = 4  # a deeper level costs a round more than its tokens are worth (docs/log.md)
 _GPU_NODES = 30  # with the root and a slot 32 rows: a tile of the kernels of few rows
 
 
@@ -257,7 +258,7 @@ class Ptp(LearnedDrafter):
             return dict(options)
         if device.type == "cpu":
             return {**options, "draft_len": 2, "branches": 1, "nodes": 2}
-        return {**options, "nodes": min(options["nodes"], _GPU_NODES)}
+        return {**options, "draft_len": options["draft_len"] or _GPU_DEPTH, "nodes": min(options["nodes"], _GPU_NODES)}
 
     def prepare(self, counts: Tensor, target: Target) -> None:
         """Choose the draft vocabulary."""
