@@ -100,24 +100,40 @@ INLINE input input_of(float value) { return wide(narrow(value)); }
 
 INLINE vec all(float value) { return (vec){0} + value; }
 
-/* The sum of all lanes, always in the same order: halves onto each other until two are left. */
-INLINE float total(vec v) {
+/* The sum of all lanes, always in the same order: halves onto each other until four are left, then neighbours. */
 #if defined(__AVX__)
+INLINE __m128 four_lanes(vec v) {
 #if LANES == 16
     __m256 a = _mm512_castps512_ps256((__m512)v);
     a = _mm256_add_ps(a, _mm256_castpd_ps(_mm512_extractf64x4_pd(_mm512_castps_pd((__m512)v), 1)));
 #else
     __m256 a = (__m256)v;
 #endif
-    __m128 b = _mm_add_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
-    b = _mm_add_ps(b, _mm_movehl_ps(b, b));
-    return _mm_cvtss_f32(_mm_add_ss(b, _mm_movehdup_ps(b)));
-#else
-    for (int n = LANES / 2; n; n /= 2)
-        for (int i = 0; i < n; i++) v[i] += v[i + n];
-    return v[0];
-#endif
+    return _mm_add_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
 }
+
+INLINE float total(vec v) {
+    __m128 b = four_lanes(v);
+    b = _mm_hadd_ps(b, b);
+    return _mm_cvtss_f32(_mm_hadd_ps(b, b));
+}
+
+/* The sums of four vectors at once. */
+INLINE void totals(vec a, vec b, vec c, vec d, float *out) {
+    __m128 one = _mm_hadd_ps(four_lanes(a), four_lanes(b)), two = _mm_hadd_ps(four_lanes(c), four_lanes(d));
+    _mm_storeu_ps(out, _mm_hadd_ps(one, two));
+}
+#else
+INLINE float total(vec v) {
+    for (int n = LANES / 2; n > 2; n /= 2)
+        for (int i = 0; i < n; i++) v[i] += v[i + n];
+    return (v[0] + v[1]) + (v[2] + v[3]);
+}
+
+INLINE void totals(vec a, vec b, vec c, vec d, float *out) {
+    out[0] = total(a), out[1] = total(b), out[2] = total(c), out[3] = total(d);
+}
+#endif
 
 INLINE vec exponential(vec x) {
     ivec none = x < -87.0f;
@@ -263,9 +279,15 @@ int64_t outpace_sizes(int64_t which) {
                 for (int c = 0; c < C; c++) sums[r][c] = JOIN(sums[r][c], row, some[c]);                               \
             }                                                                                                          \
         }                                                                                                              \
+        float found[R * C];                                                                                            \
+        int i = 0;                                                                                                     \
+        for (; i + 4 <= R * C; i += 4)                                                                                 \
+            totals((vec)sums[i / C][i % C], (vec)sums[(i + 1) / C][(i + 1) % C], (vec)sums[(i + 2) / C][(i + 2) % C],  \
+                   (vec)sums[(i + 3) / C][(i + 3) % C], found + i);                                                    \
+        for (; i < R * C; i++) found[i] = total((vec)sums[i / C][i % C]);                                              \
         for (int r = 0; r < R; r++)                                                                                    \
             for (int c = 0; c < C; c++) {                                                                              \
-                float sum = total((vec)sums[r][c]);                                                                    \
+                float sum = found[r * C + c];                                                                          \
                 for (int64_t j = k; j < depth; j++)                                                                    \
                     sum = FUSED_ONE(value_of(x[r * depth + j]), wide(w[c * depth + j]), sum);                          \
                 out[r * stride + c] = sum;                                                                             \
@@ -587,28 +609,58 @@ static void turn(const struct model *m, const struct run *run, const struct laye
 
 /* ---- attention -------------------------------------------------------------------------------------------------------- */
 
-/* out [size] += the sum over `count` entries of weight times value, entry after entry; V: vectors of out held at once. */
-#define VALUES(V)                                                                                       \
-    INLINE void values_##V(const float *weights, const number *values, int64_t count, int64_t size, float *out) { \
-        vec sums[V];                                                                                    \
-        for (int v = 0; v < V; v++) sums[v] = *(loose *)(out + v * LANES);                              \
-        for (int64_t j = 0; j < count; j++)                                                             \
-            for (int v = 0; v < V; v++)                                                                 \
-                sums[v] = FUSED(lanes(values + j * size + v * LANES), all(weights[j]), sums[v]);        \
-        for (int v = 0; v < V; v++) *(loose *)(out + v * LANES) = sums[v];                              \
+#if LANES == 16
+#define TOGETHER 4 /* queries that read a value together */
+#else
+#define TOGETHER 3
+#endif
+
+/* out [Q, size] += the sum over `count` entries of weight times value, entry after entry; weights [Q, span]. */
+#define VALUES(Q, V)                                                                                                   \
+    INLINE void values_##Q##x##V(const float *weights, int64_t span, const number *values, int64_t count, int64_t size, float *out) { \
+        vec sums[Q][V];                                                                                                \
+        for (int q = 0; q < Q; q++)                                                                                    \
+            for (int v = 0; v < V; v++) sums[q][v] = *(loose *)(out + q * size + v * LANES);                           \
+        for (int64_t j = 0; j < count; j++)                                                                            \
+            for (int v = 0; v < V; v++) {                                                                              \
+                vec value = lanes(values + j * size + v * LANES);                                                      \
+                for (int q = 0; q < Q; q++) sums[q][v] = FUSED(value, all(weights[q * span + j]), sums[q][v]);         \
+            }                                                                                                          \
+        for (int q = 0; q < Q; q++)                                                                                    \
+            for (int v = 0; v < V; v++) *(loose *)(out + q * size + v * LANES) = sums[q][v];                           \
     }
 
-VALUES(1)
-VALUES(4)
-VALUES(8)
+VALUES(1, 1)
+VALUES(1, 4)
+#if LANES == 16
+VALUES(4, 1)
+VALUES(4, 4)
+#define VALUES_1 values_4x1
+#define VALUES_4 values_4x4
+#else
+VALUES(3, 1)
+VALUES(3, 4)
+#define VALUES_1 values_3x1
+#define VALUES_4 values_3x4
+#endif
 
-static void gather(const float *weights, const number *values, int64_t count, int64_t size, float *out) {
-    int64_t d = 0;
-    for (; d + 8 * LANES <= size; d += 8 * LANES) values_8(weights, values + d, count, size, out + d);
-    for (; d + 4 * LANES <= size; d += 4 * LANES) values_4(weights, values + d, count, size, out + d);
-    for (; d + LANES <= size; d += LANES) values_1(weights, values + d, count, size, out + d);
-    for (; d < size; d++)
-        for (int64_t j = 0; j < count; j++) out[d] = FUSED_ONE(weights[j], wide(values[j * size + d]), out[d]);
+static void gather(const float *weights, int64_t span, const number *values, int64_t count, int64_t size, float *out,
+                   int64_t queries) {
+    int64_t q = 0;
+    for (; q + TOGETHER <= queries; q += TOGETHER) {
+        int64_t d = 0;
+        for (; d + 4 * LANES <= size; d += 4 * LANES) VALUES_4(weights + q * span, span, values + d, count, size, out + q * size + d);
+        for (; d + LANES <= size; d += LANES) VALUES_1(weights + q * span, span, values + d, count, size, out + q * size + d);
+    }
+    for (; q < queries; q++) {
+        int64_t d = 0;
+        for (; d + 4 * LANES <= size; d += 4 * LANES) values_1x4(weights + q * span, span, values + d, count, size, out + q * size + d);
+        for (; d + LANES <= size; d += LANES) values_1x1(weights + q * span, span, values + d, count, size, out + q * size + d);
+    }
+    for (int64_t d = size / LANES * LANES; d < size; d++)
+        for (q = 0; q < queries; q++)
+            for (int64_t j = 0; j < count; j++)
+                out[q * size + d] = FUSED_ONE(weights[q * span + j], wide(values[j * size + d]), out[q * size + d]);
 }
 
 /* scores [count] become weights; returns one over their sum. */
@@ -677,19 +729,18 @@ static void attend_block(const struct model *m, const struct run *run, const str
     float inverse[BLOCK * MOST_GROUP];
     memset(sums, 0, queries * size * sizeof(float));
     for (int64_t q = 0; q < queries; q++) inverse[q] = soften(scores + q * span, counts[q / groups]);
+    int64_t each = layer->window ? groups : queries; /* queries whose entries begin at one place */
     for (int64_t j = lowest; j < known; j += KEYS)
-        for (int64_t q = 0; q < queries; q++) {
+        for (int64_t q = 0; q < queries; q += each) {
             int64_t start = starts[q / groups], begin = start > j ? start : j, end = j + KEYS < known ? j + KEYS : known;
-            if (begin < end) gather(scores + q * span + begin - start, values + begin * size, end - begin, size, sums + q * size);
+            if (begin < end)
+                gather(scores + q * span + begin - start, span, values + begin * size, end - begin, size, sums + q * size, each);
         }
     for (int64_t i = 0; i < to - from; i++) {
-        int64_t at = known - starts[i];
-        for (int64_t other = chained; other < run->rows; other++) {
-            if (!visible(run, request, from + i, other, layer->window)) continue;
-            for (int64_t q = i * groups; q < (i + 1) * groups; q++)
-                gather(scores + q * span + at, values + (length + other) * size, 1, size, sums + q * size);
-            at++;
-        }
+        int64_t at = known - starts[i], first = i * groups;
+        for (int64_t other = chained; other < run->rows; other++)
+            if (visible(run, request, from + i, other, layer->window))
+                gather(scores + first * span + at++, span, values + (length + other) * size, 1, size, sums + first * size, groups);
         int64_t row = request * run->rows + from + i;
         for (int64_t q = 0; q < groups; q++)
             for (int64_t d = 0; d < size; d++)
