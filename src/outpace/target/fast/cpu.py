@@ -70,7 +70,7 @@ class CpuPass:
         self, block: Block, cache: BlockCache, *, layer_ids: tuple[int, ...], taps: Collection[str], logits: bool
     ) -> Readout:
         """See `Target.run`."""
-        if self.native is not None and self.native.fits(block, logits=logits):
+        if self.native is not None and self.native.fits(block):
             return self.native.run(block, cache, layer_ids=layer_ids, taps=taps, logits=logits)
         plan, scouts = self.plan, block.scouts
         batch, main = block.tokens.shape

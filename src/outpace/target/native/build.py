@@ -49,12 +49,6 @@ def why_not(dtype: torch.dtype) -> str | None:
 
 
 @functools.cache
-def has_matrix_units() -> bool:
-    """Whether the processor multiplies blocks of bfloat16 (AMX), which PyTorch's products of many rows use."""
-    return "amx_bf16" in _processor().split()
-
-
-@functools.cache
 def has_bfloat16_products() -> bool:
     """Whether the processor multiplies bfloat16 numbers (AVX-512), which PyTorch's products of few rows use."""
     return "avx512_bf16" in _processor().split()
@@ -113,7 +107,7 @@ def _compiled(compiler: str, flags: tuple[str, ...], folder: Path, name: str) ->
 def _may_use_matrix_units() -> bool:
     """Ask Linux for the tile registers of this process (AMX); they are given to whoever asks, where there are some."""
     ask, tile_data, arch_prctl = 0x1023, 18, 158
-    return has_matrix_units() and ctypes.CDLL(None).syscall(arch_prctl, ask, tile_data) == 0
+    return "amx_bf16" in _processor().split() and ctypes.CDLL(None).syscall(arch_prctl, ask, tile_data) == 0
 
 
 def _said(compiler: str, *arguments: str) -> str:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Collection
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING
 from weakref import WeakKeyDictionary
 
 import torch
@@ -15,7 +15,7 @@ import torch
 from outpace.errors import UnsupportedError
 from outpace.target.block import Block, Readout
 from outpace.target.masks import block_visibility
-from outpace.target.native.build import has_matrix_units, load
+from outpace.target.native.build import load
 from outpace.target.native.structs import MOST_GROUP, MOST_PARTS, MOST_ROWS, Layer, Model, Product, Run
 
 if TYPE_CHECKING:
@@ -24,8 +24,6 @@ if TYPE_CHECKING:
     from outpace.target.adapters import GatedLoRA
     from outpace.target.cache import BlockCache
     from outpace.target.fast.plan import Joined, LayerPlan, Plan, Projection
-
-_FEW: Final = 64  # rows from which matrix units are quicker
 
 
 class NativePass:
@@ -62,16 +60,11 @@ class NativePass:
         self._adapted: WeakKeyDictionary[GatedLoRA, tuple[int, list[Layer]]] = WeakKeyDictionary()
         self._space = torch.empty(0, dtype=torch.uint8)
 
-    def fits(self, block: Block, *, logits: bool) -> bool:
-        """Whether a block can take this way: an adapter of the weights' dtype, no gradients, not too many rows.
-
-        Passes that only read a prompt (no logits) are left to matrix units where the processor has some.
-        """
+    def fits(self, block: Block) -> bool:
+        """Whether a block can take this way: an adapter of the weights' dtype, no gradients, not too many rows."""
         scouts = block.scouts
         rows = block.tokens.shape[0] * (block.rows + (scouts.count if scouts else 0))
         if torch.is_grad_enabled() or not 0 < rows <= MOST_ROWS:
-            return False
-        if not logits and rows > _FEW and self.plan.dtype == torch.bfloat16 and has_matrix_units():
             return False
         adapter = scouts.adapter if scouts is not None else None
         return adapter is None or all(p.dtype == self.plan.dtype and p.is_contiguous() for p in adapter.parameters())
