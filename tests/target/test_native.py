@@ -16,7 +16,7 @@ from outpace.target.native.structs import MOST_ROWS
 from tiny import FAMILIES, PROMPTS, make_model
 
 TAPS = ("embed", "in:1", "out:2", "pre_norm", "post_norm")
-MOST = {torch.float32: 3e-6, torch.bfloat16: 3e-2}
+MOST = {torch.float32: 3e-6, torch.bfloat16: 6e-2}  # PyTorch's passes round to bfloat16 after every operation
 compiled = pytest.mark.skipif(build.why_not(torch.float32) is not None, reason=str(build.why_not(torch.float32)))
 
 
@@ -48,6 +48,7 @@ def gap(found, wanted):
 
 def with_scouts(target, block, count=3):
     """A block and scouts that see the root and each other, with an adapter that does something."""
+    torch.manual_seed(0)
     batch, rows = block.tokens.shape
     sees = torch.zeros(batch, count, rows + count, dtype=torch.bool)
     sees[:, :, 0] = True
