@@ -104,14 +104,13 @@ def takes_eight(weight: Tensor) -> bool:
 
     In float32; and in bfloat16 where kernels are compiled.
     """
-    dtypes = (torch.float32, torch.bfloat16) if why_not(torch.float32) is None else (torch.float32,)
     return (
         weight.device.type == "cpu"
-        and weight.dtype in dtypes
         and weight.numel() >= LEAST
         and platform.machine().lower() in ("x86_64", "amd64")
         and hasattr(torch, "_weight_int8pack_mm")
         and os.environ.get("OUTPACE_INT8", "on") != "off"
+        and (weight.dtype == torch.float32 or (weight.dtype == torch.bfloat16 and why_not(torch.float32) is None))
     )
 
 
@@ -167,7 +166,7 @@ def finish_in_one(
 
 def _weights(x: Tensor, layers: Sequence[Linear]) -> list[Weight] | None:
     """What compiled calls read of layers; None if they cannot, or if none of them is in eight bits."""
-    if why_not(torch.float32) is not None or all(layer.eight is None or not layer.eight.serves(x) for layer in layers):
+    if all(layer.eight is None or not layer.eight.serves(x) for layer in layers) or why_not(torch.float32) is not None:
         return None
     found = [layer.eight.weight if layer.eight is not None else _numbers(layer) for layer in layers]
     return None if None in found else found  # type: ignore[return-value]
