@@ -37,9 +37,11 @@ def rounded(module):
     return [m for m in module.modules() if getattr(m, "eight", None) is not None]
 
 
+@pytest.mark.parametrize("native", ["on", "off"])
 @pytest.mark.parametrize("rows", [1, 2, 4, 8, 40])
 @pytest.mark.parametrize("bias", [False, True])
-def test_a_product_in_eight_bits_is_near_the_product(rows, bias):
+def test_a_product_in_eight_bits_is_near_the_product(rows, bias, native, monkeypatch):
+    monkeypatch.setenv("OUTPACE_NATIVE", native)
     torch.manual_seed(rows)
     layer = Linear(384, 300, bias=bias)
     x = torch.randn(2, rows, 384)

@@ -15,6 +15,12 @@ TAPS = ("embed", "in:1", "out:2", "pre_norm", "post_norm")
 TREES = [Tree([1, 2, 3, 4, 5], [-1, 0, 0, -1, 2]), Tree([7, 8], [-1, 0])]
 
 
+@pytest.fixture(autouse=True, params=["on", "off"])
+def compiled(request, monkeypatch):
+    """Both ways: with compiled kernels (where there is a compiler), and without."""
+    monkeypatch.setenv("OUTPACE_NATIVE", request.param)
+
+
 def filled(target):
     cache = target.new_cache(slots=2)
     for slot, prompt in enumerate([PROMPTS[0], PROMPTS[4]]):

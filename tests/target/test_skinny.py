@@ -7,6 +7,12 @@ from torch.profiler import ProfilerActivity, profile
 from outpace.target.skinny import MOST_ROWS, Linear, linear, same_product
 
 
+@pytest.fixture(autouse=True, params=["on", "off"])
+def compiled(request, monkeypatch):
+    """Both ways: with compiled kernels (where there is a compiler), and without."""
+    monkeypatch.setenv("OUTPACE_NATIVE", request.param)
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("shape", [(1, 1, 24), (1, 2, 24), (3, 5, 24), (1, MOST_ROWS, 24), (MOST_ROWS + 1, 24)])
