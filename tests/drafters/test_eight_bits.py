@@ -52,7 +52,8 @@ def test_a_product_in_eight_bits_is_near_the_product(rows, bias, native, monkeyp
         found = layer(x)
     assert (found.shape, found.dtype) == (wanted.shape, wanted.dtype)
     apart = float((found - wanted).norm() / wanted.norm())
-    assert 1e-3 < apart < 0.02 if rows <= 8 else apart < 1e-5, "many rows are quicker as they were"
+    few = 2 * rows <= (16 if why_not(torch.float32) is None else 8)
+    assert 1e-3 < apart < 0.02 if few else apart < 1e-5, "many rows are quicker as they were"
 
 
 def test_small_weights_other_dtypes_and_a_switch_keep_their_bits(monkeypatch):

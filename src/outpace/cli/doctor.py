@@ -134,6 +134,7 @@ def _decoding_path() -> dict[str, Any]:
 
     from outpace.target.loading import default_device, default_dtype
     from outpace.target.native.build import why_not
+    from outpace.target.native.structs import MOST_ROWS
 
     device = default_device()
     dtype = default_dtype(device)
@@ -154,7 +155,7 @@ def _decoding_path() -> dict[str, Any]:
     if compiled:
         why = (
             "the logits of a row do not depend, bit for bit, on what else is in the pass, in trees and batches as in "
-            "chains, so tokens are equal outright (passes of more than 512 rows: up to near ties)"
+            f"chains, so tokens are equal outright (passes of more than {MOST_ROWS} rows: up to near ties)"
         )
     elif invariant:
         why = (

@@ -1,4 +1,4 @@
-"""Products of a few rows on a CPU that are not part of a compiled pass: drafters', and those of passes that train.
+"""Products of a few rows on a CPU that are not part of a compiled pass: drafters', and those of other passes.
 
 They take the compiled kernels (`target.native`) where there are some and they are quicker: in float32, and in bfloat16
 on processors that do not multiply it. Without, in float32: with 2 to 16 rows the library's kernel for x @ weight.T
@@ -31,7 +31,8 @@ if TYPE_CHECKING:
 MOST_ROWS: Final = 16  # padded and taken the other way round
 _MOST_COMPILED: Final = 64
 LEAST: Final = 1 << 16  # numbers of a weight worth rounding
-MOST_EIGHT: Final = 16  # rows whose product is quicker in eight bits
+MOST_EIGHT: Final = 8  # rows whose product is quicker in eight bits
+_MOST_EIGHT_COMPILED: Final = 16
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, eight: Eight | None = None) -> Tensor:
@@ -74,19 +75,20 @@ class Eight:
         self.scales = (weight.abs().amax(1) / 127).clamp_min(1e-12)
         self.rounded = (weight / self.scales[:, None]).round().to(torch.int8)
         self.bias = None if bias is None else bias.detach().float()
-        self.weight = Weight(
-            bytes=self.rounded.data_ptr(),
-            scales=self.scales.data_ptr(),
-            bias=None if self.bias is None else self.bias.data_ptr(),
-            width=weight.shape[0],
-            depth=weight.shape[1],
-        )
+
+    @property
+    def weight(self) -> Weight:
+        """Where compiled kernels find it."""
+        width, depth = self.rounded.shape
+        bias = None if self.bias is None else self.bias.data_ptr()
+        return Weight(bytes=self.rounded.data_ptr(), scales=self.scales.data_ptr(), bias=bias, width=width, depth=depth)
 
     def serves(self, x: Tensor) -> bool:
         """Whether it may take this product: of few rows, on a CPU, without gradients."""
         if x.device.type != "cpu" or torch.is_grad_enabled():
             return False
-        return 0 < x.numel() <= MOST_EIGHT * x.shape[-1]
+        most = _MOST_EIGHT_COMPILED if why_not(torch.float32) is None else MOST_EIGHT
+        return 0 < x.numel() <= most * x.shape[-1]
 
     def __call__(self, x: Tensor) -> Tensor:
         """[..., K] -> [..., N], in the dtype of x."""

@@ -55,7 +55,7 @@ class CpuPass:
         self.native: NativePass | None = None
         self.native_reason: str | None = None  # why passes are not compiled
         try:
-            self.native = NativePass(self.plan, self.names, self._embed)
+            self.native = NativePass(self.plan, self.names)
         except UnsupportedError as error:
             self.native_reason = str(error)
 
@@ -70,14 +70,14 @@ class CpuPass:
         self, block: Block, cache: BlockCache, *, layer_ids: tuple[int, ...], taps: Collection[str], logits: bool
     ) -> Readout:
         """See `Target.run`."""
-        if self.native is not None and self.native.fits(block):
-            return self.native.run(block, cache, layer_ids=layer_ids, taps=taps, logits=logits)
         plan, scouts = self.plan, block.scouts
         batch, main = block.tokens.shape
         hidden = self._embed(block.tokens)
         if scouts is not None:
             new = scouts.embeds if scouts.embeds is not None else self._embed(scouts.tokens)
             hidden = torch.cat([hidden, new.to(hidden.dtype)], 1)
+        if self.native is not None and self.native.fits(block):
+            return self.native.run(hidden, block, cache, layer_ids=layer_ids, taps=taps, logits=logits)
         rows = hidden.shape[1]
         cache.open(block.first, batch, rows)
         lengths = cache.lengths[block.first : block.first + batch]

@@ -206,9 +206,17 @@ struct buffers {
     float *joined, *added, *scores;
 };
 
-static int64_t span_of(const struct run *run) { return (run->longest + run->rows + 2 * GROUP + LANES) / LANES * LANES; }
+#define WIDE 16 /* rows of x in a tile register of the matrix unit */
+#define DEEP 32 /* numbers of depth in one */
+#define PACKED_SIZE(rows, depth) (((rows) + WIDE - 1) / WIDE * WIDE * (depth))
 
-static int64_t most_queries(const struct model *m) { return BLOCK * (m->heads / m->key_heads); }
+/* Scores of a query, in whole vectors. */
+static int64_t span_of(const struct run *run) { return (run->longest + LANES - 1) / LANES * LANES; }
+
+/* Floats a thread needs while it attends: for each query its scores, the sum of values, and itself. */
+static int64_t room_of(const struct model *m, const struct run *run) {
+    return BLOCK * (m->heads / m->key_heads) * (span_of(run) + 2 * m->size);
+}
 
 static int64_t widest_of(const struct model *m) {
     int64_t widest = m->hidden > m->inner ? m->hidden : m->inner;
@@ -225,10 +233,10 @@ static int64_t lay_out(const struct model *m, const struct run *run, struct buff
     PIECE(inner, input, rows * m->inner);
     PIECE(last, input, rows * m->hidden);
     PIECE(low, input, 3 * rows * run->ranks);
-    PIECE(packed, input, MATRIX ? (rows + 15) / 16 * 16 * widest_of(m) : 0);
+    PIECE(packed, input, MATRIX ? PACKED_SIZE(rows, widest_of(m)) : 0);
     PIECE(joined, float, rows * joined);
     PIECE(added, float, rows * m->hidden);
-    PIECE(scores, float, run->threads * most_queries(m) * (span_of(run) + 2 * m->size + STEP));
+    PIECE(scores, float, run->threads * room_of(m, run));
 #undef PIECE
     return at;
 }
@@ -333,10 +341,6 @@ static void group(const input *x, const number *w, int64_t rows, int64_t depth, 
 }
 
 /* ---- the matrix unit: weight rows as they lie are one factor, rows of x packed in pairs the other --------------------- */
-
-#define WIDE 16  /* rows of x in a tile register */
-#define DEEP 32  /* numbers of depth in one */
-#define PACKED_SIZE(rows, depth) (((rows) + WIDE - 1) / WIDE * WIDE * (depth))
 
 INLINE int takes_matrix(int64_t depth) { return MATRIX && depth % DEEP == 0; }
 
@@ -754,7 +758,7 @@ extern int omp_get_thread_num(void);
 static void attend(const struct model *m, const struct run *run, const struct layer *layer, const struct buffers *b,
                    const number *keys, const number *values) {
     int64_t blocks = (run->rows + BLOCK - 1) / BLOCK;
-    int64_t room = most_queries(m) * (span_of(run) + 2 * m->size + STEP);
+    int64_t room = room_of(m, run);
 #pragma omp for schedule(dynamic, 1)
     for (int64_t i = 0; i < run->batch * m->key_heads * blocks; i++) {
         int64_t from = i % blocks * BLOCK, to = from + BLOCK < run->rows ? from + BLOCK : run->rows;
@@ -830,7 +834,7 @@ int outpace_product(const number *x, const number *weight, const number *bias, n
     const input *inputs = x;
 #endif
 #if MATRIX
-    input *packed = aligned_alloc(64, PACKED_SIZE(rows, depth + DEEP) * sizeof(input));
+    input *packed = aligned_alloc(64, PACKED_SIZE(rows, depth) * sizeof(input));
     if (!packed) return 1;
 #else
     input *packed = NULL;

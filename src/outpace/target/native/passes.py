@@ -30,14 +30,14 @@ class NativePass:
     """The passes of one plan.
 
     Args:
-        plan: the model. names: which modules a joined product stands for. embed: token ids -> embeddings.
+        plan: the model. names: which modules a joined product stands for.
 
     Raises:
         UnsupportedError: if nothing could be compiled, or not for this model.
     """
 
-    def __init__(self, plan: Plan, names: list[dict[str, Joined]], embed: torch.nn.Module) -> None:
-        self.plan, self.names, self._embed = plan, names, embed
+    def __init__(self, plan: Plan, names: list[dict[str, Joined]]) -> None:
+        self.plan, self.names = plan, names
         self._library = load(plan.dtype)
         if plan.groups > MOST_GROUP:
             raise UnsupportedError(f"{plan.groups} query heads share a key head, compiled passes take {MOST_GROUP}")
@@ -57,7 +57,7 @@ class NativePass:
             head=self._product(plan.head),
         )
         self._layers = [self._layer(layer) for layer in plan.layers]
-        self._adapted: WeakKeyDictionary[GatedLoRA, tuple[int, list[Layer]]] = WeakKeyDictionary()
+        self._adapted: WeakKeyDictionary[GatedLoRA, tuple[int, list[Layer] | None]] = WeakKeyDictionary()
         self._space = torch.empty(0, dtype=torch.uint8)
 
     def fits(self, block: Block) -> bool:
@@ -66,19 +66,21 @@ class NativePass:
         rows = block.tokens.shape[0] * (block.rows + (scouts.count if scouts else 0))
         if torch.is_grad_enabled() or not 0 < rows <= MOST_ROWS:
             return False
-        adapter = scouts.adapter if scouts is not None else None
-        return adapter is None or all(p.dtype == self.plan.dtype and p.is_contiguous() for p in adapter.parameters())
+        return self._layers_with(scouts.adapter if scouts is not None else None) is not None
 
     def run(
-        self, block: Block, cache: BlockCache, *, layer_ids: tuple[int, ...], taps: Collection[str], logits: bool
+        self,
+        hidden: Tensor,
+        block: Block,
+        cache: BlockCache,
+        *,
+        layer_ids: tuple[int, ...],
+        taps: Collection[str],
+        logits: bool,
     ) -> Readout:
-        """See `Target.run`."""
+        """See `Target.run`, for a block that fits; hidden: embeddings of its rows, scouts included, [B, R + S, H]."""
         plan, scouts = self.plan, block.scouts
         batch, main = block.tokens.shape
-        hidden = self._embed(block.tokens)
-        if scouts is not None:
-            new = scouts.embeds if scouts.embeds is not None else self._embed(scouts.tokens)
-            hidden = torch.cat([hidden, new.to(hidden.dtype)], 1)
         rows = hidden.shape[1]
         cache.prepare(plan.key_heads, plan.head_size, plan.dtype, plan.device)
         cache.open(block.first, batch, rows)
@@ -88,7 +90,8 @@ class NativePass:
         positions = positions.contiguous()
         angles = [[t[positions].float() for t in plan.rotary[kind]] for kind in self._kinds]
         adapter = scouts.adapter if scouts is not None else None
-        layers = self._layers if adapter is None else self._with_tails(adapter)
+        layers = self._layers_with(adapter)
+        assert layers is not None  # it fits
         stream = hidden.to(torch.float32, copy=True)
         found = {name: torch.empty_like(hidden) for name in taps if name != "embed"}
         if "embed" in taps:
@@ -158,12 +161,15 @@ class NativePass:
         window = self.plan.window if layer.kind == "sliding_attention" else None
         return Layer(**products, **norms, window=window or 0, kind=self._kinds.index(layer.kind))
 
-    def _with_tails(self, adapter: GatedLoRA) -> list[Layer]:
-        """The layers with an adapter's tails, made again if its weights have moved."""
+    def _layers_with(self, adapter: GatedLoRA | None) -> list[Layer] | None:
+        """The layers with an adapter's tails, made again if its weights have moved; None if they cannot be read so."""
+        if adapter is None:
+            return self._layers
         where = next(adapter.parameters()).data_ptr()
         known = self._adapted.get(adapter)
         if known is None or known[0] != where:
-            made = [self._tailed(i, adapter) for i in range(len(self.names))]
+            read = all(p.dtype == self.plan.dtype and p.is_contiguous() for p in adapter.parameters())
+            made = [self._tailed(i, adapter) for i in range(len(self.names))] if read else None
             self._adapted[adapter] = known = (where, made)
         return known[1]
 
