@@ -110,11 +110,10 @@ class FollowingDrafter(LearnedDrafter):
         """Make the cache and the tree's tables."""
         net = self.module
         self.needs = Needs(taps=frozenset(net.taps), noise=self.draw == "path")
-        parameter = next(net.parameters())
+        dtype = next(net.parameters()).dtype if net.compiled is None else torch.float32
         self.cache = RowCache.empty(
-            net.layers, net.shape.key_heads, net.shape.head_size, net.top_size,
-            device=target.device, dtype=parameter.dtype,
-        )  # fmt: skip
+            net.layers, net.shape.key_heads, net.shape.head_size, net.top_size, device=target.device, dtype=dtype
+        )
         self.seats = Seats(self.cache)
         self.shape = self._tree(target.device)
         self._device: FollowingDraft | None = None

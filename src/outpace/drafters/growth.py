@@ -131,6 +131,10 @@ def extend(
     """
     batch, rows = tokens.shape
     at = cache.at[:batch] if slots is None else cache.at[slots]
+    if net.compiled is not None:
+        y = net.compiled.read(cache, embed(tokens), at, width, features=features, slots=slots)
+        keep_last(cache, y, at, count, slots)
+        return
     sees = torch.ones(rows, rows, dtype=torch.bool, device=at.device).tril().expand(batch, -1, -1)
     embedded = embed(tokens)
     z = net.fuse(features)
@@ -175,21 +179,21 @@ def born(
     device = top.device
     if hear is not None:
         top = hear(top, 1)
-    values, ids = children(net.head(net.readout(top)), k, draws)
-    tokens = net.head.to_target(ids[:, 0])  # [B, k]: depth 1
+    values, ids = _following(net, top, k, draws, 1)
+    tokens = ids[:, 0]  # [B, k]: depth 1
     value = values[:, 0]
     every_token, every_value = [tokens], [value]
     every_parent = [torch.full_like(tokens, -1)]
     frontier = torch.arange(k, device=device).expand(batch, -1)  # birth index of the nodes to expand
-    z = net.feedback(top).expand(-1, k, -1)
+    z = _feedback(net, top).expand(-1, k, -1)
     eye = torch.eye(k, dtype=torch.bool, device=device).expand(batch, -1, -1)
     sees = eye
     for depth in range(2, plan.depth + 1):
         y = _step(net, embed, cache, tokens, z, sees, depth - 1, width)
         if hear is not None:
             y = hear(y, depth)
-        values, ids = children(net.head(net.readout(y)), k, draws, depth)
-        born_token = net.head.to_target(ids).flatten(1)  # [B, k * k]
+        values, ids = _following(net, y, k, draws, depth)
+        born_token = ids.flatten(1)  # [B, k * k]
         born_value = (value[..., None] + values).flatten(1)
         born_parent = frontier.repeat_interleave(k, 1)
         every_token.append(born_token)
@@ -201,7 +205,7 @@ def born(
         value, tokens = born_value.gather(1, best), born_token.gather(1, best)
         frontier = best + k + (depth - 2) * k * k
         slot = best // k  # which frontier node each new one hangs on
-        z = net.feedback(y).gather(1, slot[..., None].expand(-1, -1, y.shape[2]))
+        z = _feedback(net, y).gather(1, slot[..., None].expand(-1, -1, y.shape[2]))
         sees = torch.cat([sees.gather(1, slot[..., None].expand(-1, -1, sees.shape[2])), eye], 2)
     return torch.cat(every_token, 1), torch.cat(every_parent, 1), torch.cat(every_value, 1)
 
@@ -212,10 +216,25 @@ def _step(
     """Run the nodes of one depth: tokens [B, F], features of their parents z [B, F, H], sees [B, F, S]."""
     batch, rows = tokens.shape
     at = cache.at[:batch]
+    if net.compiled is not None:
+        return net.compiled.read(cache, embed(tokens), at, width, states=z, sees=sees, ahead=depth - 1)
     mask = visible(at, sees, width, z.dtype)
     cos, sin = net.rotary((at + depth - 1)[:, None].expand(-1, rows))
     y: Tensor = net(embed(tokens), z, cos, sin, behind(cache, at, sees.shape[2] - rows, mask, width))
     return y
+
+
+def _following(net: RowNet, y: Tensor, count: int, draws: Draws | None, depth: int) -> tuple[Tensor, Tensor]:
+    """`children` of outputs y [B, F, H], as target ids."""
+    if net.compiled is not None and (draws is None or draws.u is None):
+        return net.compiled.best(y, count, draws, depth)
+    values, ids = children(net.head(net.readout(y)), count, draws, depth)
+    return values, net.head.to_target(ids)
+
+
+def _feedback(net: RowNet, y: Tensor) -> Tensor:
+    """What the next depth reads of outputs [B, F, H]; compiled networks make it of them themselves."""
+    return y if net.compiled is not None else net.feedback(y)
 
 
 def _best(value: Tensor, count: int) -> Tensor:
@@ -320,16 +339,16 @@ def grow_fixed(
     """(tokens, parents), [B, len(tree)] int64 each: the same shape for every request."""
     top = cache.top[:batch]
     y = top[:, None]
-    _, ids = children(net.head(net.readout(y)), tree.ranks, draws)
+    _, ids = _following(net, y, tree.ranks, draws, 1)
     tokens: list[Tensor] = []
     for depth, level in enumerate(tree.levels, start=1):
-        tokens.append(net.head.to_target(ids[:, level.slot, level.rank]))
+        tokens.append(ids[:, level.slot, level.rank])
         if not level.pick.shape[0]:
             break
-        z = net.feedback(y)[:, level.slot[level.pick]]
+        z = _feedback(net, y)[:, level.slot[level.pick]]
         sees = level.sees.expand(batch, -1, -1)
         y = _step(net, embed, cache, tokens[-1][:, level.pick], z, sees, depth, width)
-        _, ids = children(net.head(net.readout(y)), tree.ranks, draws, depth + 1)
+        _, ids = _following(net, y, tree.ranks, draws, depth + 1)
     return torch.cat(tokens, 1), tree.parents.expand(batch, -1)
 
 

@@ -15,7 +15,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from outpace.target.families import part
-from outpace.target.skinny import Linear, finish_in_one, heads_in_one
+from outpace.target.skinny import Linear
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -124,10 +124,6 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """[B, R, width] -> q [B, R, heads, D], k and v [B, R, key heads, D]; `o_proj` is the caller's to apply."""
         rows = x.shape[:2]
-        found = heads_in_one(x, (self.q_proj, self.k_proj, self.v_proj), cos, sin)
-        if found is not None:
-            q, k, v = (t.view(*rows, -1, self.head_size) for t in found)
-            return q, k, v
         q = rotate(self.q_proj(x).view(*rows, self.heads, self.head_size), cos, sin)
         k = rotate(self.k_proj(x).view(*rows, self.key_heads, self.head_size), cos, sin)
         return q, k, self.v_proj(x).view(*rows, self.key_heads, self.head_size)
@@ -163,12 +159,7 @@ class Block(nn.Module):
 
 def finish(residual: Tensor, attended: Tensor, attention: Attention, norm: RMSNorm, mlp: MLP) -> Tensor:
     """What a block does behind attention: residual [B, R, H], attended [B, R, heads, D] -> [B, R, H]."""
-    attended = attended.flatten(2)
-    layers = (attention.o_proj, mlp.gate_proj, mlp.up_proj, mlp.down_proj)
-    found = finish_in_one(residual, attended, layers, norm.weight, norm.eps)
-    if found is not None:
-        return found
-    x = residual + attention.o_proj(attended)
+    x = residual + attention.o_proj(attended.flatten(2))
     out: Tensor = x + mlp(norm(x))
     return out
 

@@ -25,6 +25,7 @@ from outpace.drafters.unroll import Unrolled
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from outpace.drafters.compiled import CompiledRows
     from outpace.drafters.device.plan import RowPlan
     from outpace.drafters.heads import DraftHead
     from outpace.drafters.layers import Attend, Rotary, Shape
@@ -38,6 +39,7 @@ class RowNet(nn.Module):
     Attributes:
         shape: of its blocks. layers: how many. taps: the target's states a feature is made of, in order.
         head: from a readout to logits. rotary: angles of positions. regression: weight of a feature loss (0: none).
+        compiled: what decodes instead of the modules, on a CPU that has it; None in training.
     """
 
     shape: Shape
@@ -46,6 +48,7 @@ class RowNet(nn.Module):
     head: DraftHead
     rotary: Rotary
     regression: float = 0.0
+    compiled: CompiledRows | None = None
 
     @property
     def top_size(self) -> int:
@@ -71,6 +74,13 @@ class RowNet(nn.Module):
     def fused_plan(self) -> RowPlan | None:
         """These weights for fused kernels (joined in place), or None where this network does not fit them."""
         return None
+
+    def quicken(self) -> bool:
+        """See `skinny.round_weights`."""
+        from outpace.drafters.compiled import CompiledRows
+
+        self.compiled = CompiledRows.of(self)
+        return self.compiled is not None
 
 
 def unrolled_losses(

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import os
 import platform
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Final
 
 import torch
@@ -22,7 +21,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from outpace.target.native.build import has_bfloat16_products, why_not
-from outpace.target.native.product import apply, finish_block, product, project_heads
+from outpace.target.native.product import apply, product
 from outpace.target.native.structs import Weight
 
 if TYPE_CHECKING:
@@ -87,7 +86,7 @@ class Eight:
         """Whether it may take this product: of few rows, on a CPU, without gradients."""
         if x.device.type != "cpu" or torch.is_grad_enabled():
             return False
-        most = _MOST_EIGHT_COMPILED if why_not(torch.float32) is None else MOST_EIGHT
+        most = _MOST_EIGHT_COMPILED if why_not(torch.float32, "rows") is None else MOST_EIGHT
         return 0 < x.numel() <= most * x.shape[-1]
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -112,16 +111,25 @@ def takes_eight(weight: Tensor) -> bool:
         and platform.machine().lower() in ("x86_64", "amd64")
         and hasattr(torch, "_weight_int8pack_mm")
         and os.environ.get("OUTPACE_INT8", "on") != "off"
-        and (weight.dtype == torch.float32 or (weight.dtype == torch.bfloat16 and why_not(torch.float32) is None))
+        and (
+            weight.dtype == torch.float32 or (weight.dtype == torch.bfloat16 and why_not(torch.float32, "rows") is None)
+        )
     )
 
 
 def round_weights(module: nn.Module) -> None:
-    """Let every layer of a module that can be, be read in eight bits where no gradients are asked for."""
-    for layer in module.modules():
-        weight = getattr(layer, "weight", None)
-        if hasattr(layer, "eight") and isinstance(weight, torch.Tensor) and takes_eight(weight):
-            setattr(layer, "eight", Eight(weight, getattr(layer, "bias", None)))  # noqa: B010  # of both classes
+    """Let every layer of a module that can be, be read in eight bits where no gradients are asked for.
+
+    A part that has a quicker form of its own (`quicken`, which says whether it has) takes that with all that is in it.
+    """
+    quicken = getattr(module, "quicken", None)
+    if quicken is not None and quicken():
+        return
+    weight = getattr(module, "weight", None)
+    if hasattr(module, "eight") and isinstance(weight, torch.Tensor) and takes_eight(weight):
+        setattr(module, "eight", Eight(weight, getattr(module, "bias", None)))  # noqa: B010  # of both classes
+    for part in module.children():
+        round_weights(part)
 
 
 class Linear(nn.Linear):
@@ -136,48 +144,3 @@ class Linear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         """[..., K] -> [..., N]."""
         return linear(x, self.weight, self.bias, self.eight)
-
-
-def heads_in_one(x: Tensor, layers: Sequence[Linear], cos: Tensor, sin: Tensor) -> tuple[Tensor, ...] | None:
-    """Queries, keys and values of x [..., K] in one compiled call, the first two rotated by cos, sin [..., 1, size].
-
-    None where it cannot be taken so: with gradients, many rows, weights of which none is in eight bits.
-    """
-    weights = _weights(x, layers)
-    if weights is None:
-        return None
-    rows = x.shape[:-1]
-    flat = [t.expand(*rows, *t.shape[-2:]).reshape(-1, t.shape[-1]) for t in (cos, sin)]
-    found = project_heads(weights, x.reshape(-1, x.shape[-1]).float(), flat[0], flat[1], cos.shape[-1])
-    return tuple(t.to(x.dtype).view(*rows, -1) for t in found)
-
-
-def finish_in_one(
-    residual: Tensor, attended: Tensor, layers: Sequence[Linear], gamma: Tensor, eps: float
-) -> Tensor | None:
-    """A block behind attention in one compiled call, residual [..., H], attended [..., A]; None as above.
-
-    layers: the attention's output, gate, up, down.
-    """
-    weights = _weights(residual, layers)
-    if weights is None:
-        return None
-    flat = [t.reshape(-1, t.shape[-1]).float() for t in (residual, attended)]
-    return finish_block(weights, flat[0], flat[1], gamma.detach().float(), eps).to(residual.dtype).view(residual.shape)
-
-
-def _weights(x: Tensor, layers: Sequence[Linear]) -> list[Weight] | None:
-    """What compiled calls read of layers; None if they cannot, or if none of them is in eight bits."""
-    if all(layer.eight is None or not layer.eight.serves(x) for layer in layers) or why_not(torch.float32) is not None:
-        return None
-    found = [layer.eight.weight if layer.eight is not None else _numbers(layer) for layer in layers]
-    return None if None in found else found  # type: ignore[return-value]
-
-
-def _numbers(layer: Linear) -> Weight | None:
-    tensors = [layer.weight] if layer.bias is None else [layer.weight, layer.bias]
-    if any(t.dtype != torch.float32 or not t.is_contiguous() for t in tensors):
-        return None
-    width, depth = layer.weight.shape
-    bias = None if layer.bias is None else layer.bias.data_ptr()
-    return Weight(numbers=layer.weight.data_ptr(), bias=bias, width=width, depth=depth)

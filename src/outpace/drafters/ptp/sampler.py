@@ -90,7 +90,9 @@ class ChainedSampler(Gated):
 
 def _product(layer: Linear, x: Tensor) -> Tensor:
     """A layer in the dtype of what it reads."""
-    return linear(x, layer.weight.to(x.dtype), eight=layer.eight if layer.weight.dtype == x.dtype else None)
+    if layer.eight is not None and layer.eight.serves(x):
+        return layer.eight(x)
+    return linear(x, layer.weight.to(x.dtype))
 
 
 def taught(sampler: ChainedSampler, batch: Batch, reading: Reading, windows: Windows, hidden: Tensor) -> Tensor:

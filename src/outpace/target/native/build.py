@@ -1,4 +1,4 @@
-"""Compile `pass.c` for the processor at hand, once, into the user's cache, and load it.
+"""Compile `pass.c` and `rows.c` for the processor at hand, once, into the user's cache, and load them.
 
 The C compiler of the machine is asked (`CC`, else gcc or cc), as Triton asks it. Nothing is lost without one: passes
 take PyTorch's operations then, and `outpace doctor` says why. `OUTPACE_NATIVE=off` does the same on purpose.
@@ -23,29 +23,29 @@ import torch
 
 from outpace.errors import UnsupportedError
 from outpace.target.dense import cache_folder
-from outpace.target.native.structs import Model, Run, Weight, check_sizes
+from outpace.target.native.structs import Source, declare
 
 _LOG: Final = logging.getLogger("outpace")
-_SOURCE: Final = Path(__file__).with_name("pass.c")
+_PLACE: Final = Path(__file__).parent
 _FLAGS: Final = ("-O3", "-march=native", "-ffp-contract=off", "-std=gnu11", "-fPIC", "-fopenmp")
 _PATIENCE: Final = 300.0  # seconds a compiler may take; it needs four
 
 
-def load(dtype: torch.dtype) -> ctypes.CDLL:
-    """The compiled functions for weights of a dtype.
+def load(dtype: torch.dtype, source: Source = "pass") -> ctypes.CDLL:
+    """The compiled functions of `pass.c` for weights of a dtype, or those of `rows.c`, which are for float32.
 
     Raises:
         UnsupportedError: saying why there are none.
     """
-    library, reason = _attempt(dtype, os.environ.get("OUTPACE_NATIVE", "on"))
+    library, reason = _attempt(dtype, source, os.environ.get("OUTPACE_NATIVE", "on"))
     if library is None:
         raise UnsupportedError(str(reason))
     return library
 
 
-def why_not(dtype: torch.dtype) -> str | None:
+def why_not(dtype: torch.dtype, source: Source = "pass") -> str | None:
     """Why there are no compiled functions for a dtype; None where there are."""
-    return _attempt(dtype, os.environ.get("OUTPACE_NATIVE", "on"))[1]
+    return _attempt(dtype, source, os.environ.get("OUTPACE_NATIVE", "on"))[1]
 
 
 @functools.cache
@@ -55,17 +55,17 @@ def has_bfloat16_products() -> bool:
 
 
 @functools.cache
-def _attempt(dtype: torch.dtype, asked: str) -> tuple[ctypes.CDLL | None, str | None]:
+def _attempt(dtype: torch.dtype, source: Source, asked: str) -> tuple[ctypes.CDLL | None, str | None]:
     """The library, or why there is none: asked once a process."""
     try:
-        return _loaded(dtype, asked), None
+        return _loaded(dtype, source, asked), None
     except UnsupportedError as error:
         return None, str(error)
     except OSError as error:
         return None, f"compiled passes cannot be written or loaded: {error}"
 
 
-def _loaded(dtype: torch.dtype, asked: str) -> ctypes.CDLL:
+def _loaded(dtype: torch.dtype, source: Source, asked: str) -> ctypes.CDLL:
     if asked == "off":
         raise UnsupportedError("compiled passes are switched off (OUTPACE_NATIVE=off)")
     if dtype not in (torch.float32, torch.bfloat16):
@@ -77,27 +77,28 @@ def _loaded(dtype: torch.dtype, asked: str) -> ctypes.CDLL:
         raise UnsupportedError("compiled passes need a C compiler (apt install gcc, or name one in CC)")
     half = dtype == torch.bfloat16
     flags = (*_FLAGS, f"-DHALF={int(half)}", f"-DMATRIX={int(half and _may_use_matrix_units())}")
-    digest = hashlib.sha256(_SOURCE.read_bytes())
+    unit = _PLACE / f"{source}.c"
+    digest = hashlib.sha256(unit.read_bytes() + (_PLACE / "arithmetic.h").read_bytes())
     for fact in (_said(compiler, "--version"), _processor(), *flags):
         digest.update(fact.encode())
-    name = f"pass-{str(dtype).removeprefix('torch.')}-{digest.hexdigest()[:16]}.so"
+    name = f"{source}-{str(dtype).removeprefix('torch.')}-{digest.hexdigest()[:16]}.so"
     folder = cache_folder()
     if folder is not None:
-        return _opened(_compiled(compiler, flags, folder / "native", name))
+        return declare(ctypes.CDLL(str(_compiled(compiler, flags, unit, folder / "native", name))), source)
     with tempfile.TemporaryDirectory() as temporary:
-        return _opened(_compiled(compiler, flags, Path(temporary), name))
+        return declare(ctypes.CDLL(str(_compiled(compiler, flags, unit, Path(temporary), name))), source)
 
 
-def _compiled(compiler: str, flags: tuple[str, ...], folder: Path, name: str) -> Path:
+def _compiled(compiler: str, flags: tuple[str, ...], source: Path, folder: Path, name: str) -> Path:
     """The library in a folder, made if it is not there; it appears whole or not at all."""
     made = folder / name
     if made.is_file():
         return made
     folder.mkdir(parents=True, exist_ok=True)
-    _LOG.info("compiling passes for this processor, once (%s)", made)
+    _LOG.info("compiling %s for this processor, once (%s)", source.stem, made)
     with tempfile.TemporaryDirectory(dir=folder) as temporary:
         unit, library = Path(temporary) / "pass.o", Path(temporary) / name
-        _said(compiler, *flags, "-c", str(_SOURCE), "-o", str(unit))
+        _said(compiler, *flags, "-c", str(source), "-o", str(unit))
         # Linked without -fopenmp: threads are those of the OpenMP runtime that PyTorch has loaded.
         _said(compiler, "-shared", str(unit), "-o", str(library), "-lm")
         library.replace(made)
@@ -128,19 +129,3 @@ def _processor() -> str:
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.is_file() else []
     return "\n".join(sorted({line for line in lines if line.startswith(("model name", "flags"))}))
-
-
-def _opened(path: Path) -> ctypes.CDLL:
-    library = ctypes.CDLL(str(path))
-    library.outpace_sizes.restype = library.outpace_space.restype = ctypes.c_int64
-    library.outpace_sizes.argtypes = [ctypes.c_int64]
-    library.outpace_space.argtypes = library.outpace_pass.argtypes = [ctypes.POINTER(Model), ctypes.POINTER(Run)]
-    library.outpace_pass.restype = None
-    library.outpace_product.argtypes = [ctypes.c_void_p] * 4 + [ctypes.c_int64] * 4
-    if hasattr(library, "outpace_apply"):
-        weights, at, count = ctypes.POINTER(Weight), ctypes.c_void_p, ctypes.c_int64
-        library.outpace_apply.argtypes = [weights, at, at, count, count]
-        library.outpace_heads.argtypes = [weights, *[at] * 6, *[count] * 3]
-        library.outpace_finish.argtypes = [weights, *[at] * 3, ctypes.c_float, at, at, count, count]
-    check_sizes(library)
-    return library

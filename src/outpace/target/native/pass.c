@@ -1,7 +1,7 @@
 /* A pass of few rows through a decoder on a CPU, in one call: every weight is read once, in the order it lies in.
 
    Compiled by `build.py` for the processor it runs on, once with HALF=0 (float32) and once with HALF=1 (bfloat16).
-   Threads are those of PyTorch's OpenMP runtime: one parallel region a pass, with barriers between its steps.
+   Threads are those of PyTorch's OpenMP runtime: one parallel region a pass, in which they meet between its steps.
 
    A row's bits do not depend on what stands beside it: each of its dot products runs along its depth in one vector
    accumulator that is added up in one way, whatever tile it stands in; attention sums over the entries a row sees in the
@@ -10,147 +10,12 @@
    In bfloat16 sums are float32 and so is the residual stream; what enters a product is rounded, and so are keys, values
    and what is handed out. */
 
-#include <math.h>
-#include <stddef.h>
-#include <stdint.h>
-#include <stdlib.h>
-#include <string.h>
+#include "arithmetic.h"
 
-#if defined(__x86_64__)
-#include <immintrin.h>
-#endif
-
-#if defined(__AVX512F__)
-#define LANES 16
-#else
-#define LANES 8
-#endif
-#ifndef MATRIX
-#define MATRIX 0      /* whether products take the processor's matrix unit (AMX): HALF only */
-#endif
 #define MOST_ROWS 512 /* of a pass, all requests together */
-#if MATRIX
-#define GROUP 16      /* weight rows a thread takes at a time: those of a tile register */
-#else
-#define GROUP 12      /* weight rows a thread takes at a time; a multiple of the tiles' 3, 4 and 6 */
-#endif
 #define MOST_GROUP 64 /* query heads that share a key head */
 #define BLOCK 4       /* rows of a request that attend together */
 #define KEYS 48       /* keys whose values stay in the first cache while all queries read them; a multiple of GROUP */
-#define INLINE static inline __attribute__((always_inline))
-
-typedef float vec __attribute__((vector_size(LANES * 4)));
-typedef float loose __attribute__((vector_size(LANES * 4), aligned(4), may_alias));
-typedef int32_t ivec __attribute__((vector_size(LANES * 4)));
-typedef uint32_t uvec __attribute__((vector_size(LANES * 4)));
-
-/* ---- numbers: what weights, keys and values are stored in; inputs: what enters a product ------------------------- */
-
-#if HALF
-typedef uint16_t number;
-typedef uint16_t halves __attribute__((vector_size(LANES * 2), aligned(2), may_alias));
-
-INLINE float wide(number n) {
-    union { uint32_t bits; float value; } both = {(uint32_t)n << 16};
-    return both.value;
-}
-
-INLINE number narrow(float value) {
-    union { float value; uint32_t bits; } both = {value};
-    uint32_t rounded = (both.bits + 0x7fff + ((both.bits >> 16) & 1)) >> 16;
-    return (number)((both.bits & 0x7fffffff) > 0x7f800000 ? 0x7fc0 : rounded);
-}
-
-INLINE vec lanes(const number *from) {
-    return (vec)(__builtin_convertvector(*(const halves *)from, uvec) << 16);
-}
-#else
-typedef float number;
-INLINE float wide(number n) { return n; }
-INLINE number narrow(float value) { return value; }
-INLINE vec lanes(const number *from) { return *(const loose *)from; }
-#endif
-
-#if HALF && defined(__AVX512BF16__)
-#define PAIRS 1 /* the processor multiplies pairs of bfloat16 numbers */
-#define STEP 32
-typedef number input;
-INLINE float value_of(input x) { return wide(x); }
-INLINE input input_of(float value) { return narrow(value); }
-#else
-#define PAIRS 0
-#define STEP LANES
-typedef float input;
-INLINE float value_of(input x) { return x; }
-INLINE input input_of(float value) { return wide(narrow(value)); }
-#endif
-
-/* a * b + c in one rounding where the processor can; the compiler fuses nothing by itself (-ffp-contract=off), for it
-   would do so here and not there. */
-#if defined(__AVX512F__)
-#define FUSED(a, b, c) ((vec)_mm512_fmadd_ps((__m512)(a), (__m512)(b), (__m512)(c)))
-#define FUSED_ONE(a, b, c) __builtin_fmaf(a, b, c)
-#elif defined(__AVX__) && defined(__FMA__)
-#define FUSED(a, b, c) ((vec)_mm256_fmadd_ps((__m256)(a), (__m256)(b), (__m256)(c)))
-#define FUSED_ONE(a, b, c) __builtin_fmaf(a, b, c)
-#else
-#define FUSED(a, b, c) ((a) * (b) + (c))
-#define FUSED_ONE(a, b, c) ((a) * (b) + (c))
-#endif
-
-INLINE vec all(float value) { return (vec){0} + value; }
-
-/* The sum of all lanes, always in the same order: halves onto each other until four are left, then neighbours. */
-#if defined(__AVX__)
-INLINE __m128 four_lanes(vec v) {
-#if LANES == 16
-    __m256 a = _mm512_castps512_ps256((__m512)v);
-    a = _mm256_add_ps(a, _mm256_castpd_ps(_mm512_extractf64x4_pd(_mm512_castps_pd((__m512)v), 1)));
-#else
-    __m256 a = (__m256)v;
-#endif
-    return _mm_add_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
-}
-
-INLINE float total(vec v) {
-    __m128 b = four_lanes(v);
-    b = _mm_hadd_ps(b, b);
-    return _mm_cvtss_f32(_mm_hadd_ps(b, b));
-}
-
-/* The sums of four vectors at once. */
-INLINE void totals(vec a, vec b, vec c, vec d, float *out) {
-    __m128 one = _mm_hadd_ps(four_lanes(a), four_lanes(b)), two = _mm_hadd_ps(four_lanes(c), four_lanes(d));
-    _mm_storeu_ps(out, _mm_hadd_ps(one, two));
-}
-#else
-INLINE float total(vec v) {
-    for (int n = LANES / 2; n > 2; n /= 2)
-        for (int i = 0; i < n; i++) v[i] += v[i + n];
-    return (v[0] + v[1]) + (v[2] + v[3]);
-}
-
-INLINE void totals(vec a, vec b, vec c, vec d, float *out) {
-    out[0] = total(a), out[1] = total(b), out[2] = total(c), out[3] = total(d);
-}
-#endif
-
-INLINE vec exponential(vec x) {
-    ivec none = x < -87.0f;
-    ivec large = x > 88.0f;
-    x = (vec)(((ivec)x & ~large) | ((ivec)all(88.0f) & large));
-    vec whole = FUSED(x, all(1.44269504f), all(12582912.0f)) - 12582912.0f;
-    vec rest = FUSED(whole, all(-0.693359375f), x);
-    rest = FUSED(whole, all(2.12194440e-4f), rest);
-    vec sum = FUSED(rest, all(1.9875691500e-4f), all(1.3981999507e-3f));
-    sum = FUSED(sum, rest, all(8.3334519073e-3f));
-    sum = FUSED(sum, rest, all(4.1665795894e-2f));
-    sum = FUSED(sum, rest, all(1.6666665459e-1f));
-    sum = FUSED(sum, rest, all(5.0000001201e-1f));
-    sum = FUSED(sum, rest * rest, rest + 1.0f);
-    ivec power = (__builtin_convertvector(whole, ivec) + 127) << 23;
-    return (vec)((ivec)(sum * (vec)power) & ~none);
-}
 
 /* ---- what Python hands over (mirrored in `native/structs.py`) ------------------------------------------------------- */
 
@@ -252,94 +117,6 @@ int64_t outpace_sizes(int64_t which) {
     return sizes[which];
 }
 
-/* ---- products --------------------------------------------------------------------------------------------------------- */
-
-/* R rows times C weight rows into out [.., stride]; ahead: how far from here the weights to fetch next lie, or 0. */
-#if PAIRS
-#define SUMS __m512
-#define ZERO _mm512_setzero_ps()
-#define TAKE_W(p) ((__m512bh)_mm512_loadu_si512(p))
-#define TAKE_X(p) ((__m512bh)_mm512_loadu_si512(p))
-#define JOIN(sum, x, w) _mm512_dpbf16_ps(sum, x, w)
-#define PACKED __m512bh
-#else
-#define SUMS vec
-#define ZERO ((vec){0})
-#define TAKE_W(p) lanes(p)
-#define TAKE_X(p) (*(const loose *)(p))
-#define JOIN(sum, x, w) FUSED(x, w, sum)
-#define PACKED vec
-#endif
-
-#define TILE(R, C)                                                                                                     \
-    INLINE void tile_##R##x##C(const input *x, const number *w, float *out, int64_t stride, int64_t depth, int64_t ahead) { \
-        SUMS sums[R][C];                                                                                               \
-        int64_t k = 0;                                                                                                 \
-        for (int r = 0; r < R; r++)                                                                                    \
-            for (int c = 0; c < C; c++) sums[r][c] = ZERO;                                                             \
-        for (; k + STEP <= depth; k += STEP) {                                                                         \
-            PACKED some[C];                                                                                            \
-            for (int c = 0; c < C; c++) some[c] = TAKE_W(w + c * depth + k);                                           \
-            if (ahead)                                                                                                 \
-                for (int c = 0; c < C; c++) __builtin_prefetch(w + ahead + c * depth + k, 0, 3);                       \
-            for (int r = 0; r < R; r++) {                                                                              \
-                PACKED row = TAKE_X(x + r * depth + k);                                                                \
-                for (int c = 0; c < C; c++) sums[r][c] = JOIN(sums[r][c], row, some[c]);                               \
-            }                                                                                                          \
-        }                                                                                                              \
-        float found[R * C];                                                                                            \
-        int i = 0;                                                                                                     \
-        for (; i + 4 <= R * C; i += 4)                                                                                 \
-            totals((vec)sums[i / C][i % C], (vec)sums[(i + 1) / C][(i + 1) % C], (vec)sums[(i + 2) / C][(i + 2) % C],  \
-                   (vec)sums[(i + 3) / C][(i + 3) % C], found + i);                                                    \
-        for (; i < R * C; i++) found[i] = total((vec)sums[i / C][i % C]);                                              \
-        for (int r = 0; r < R; r++)                                                                                    \
-            for (int c = 0; c < C; c++) {                                                                              \
-                float sum = found[r * C + c];                                                                          \
-                for (int64_t j = k; j < depth; j++)                                                                    \
-                    sum = FUSED_ONE(value_of(x[r * depth + j]), wide(w[c * depth + j]), sum);                          \
-                out[r * stride + c] = sum;                                                                             \
-            }                                                                                                          \
-    }
-
-TILE(1, 1)
-TILE(1, 4)
-TILE(2, 4)
-TILE(3, 4)
-#if MATRIX
-#define ACROSS 4
-TILE(4, 4)
-#define TILE_4 tile_4x4
-#elif LANES == 16
-#define ACROSS 6
-TILE(4, 6)
-#define TILE_4 tile_4x6
-#else
-#define ACROSS 3
-TILE(4, 3)
-#define TILE_4 tile_4x3
-#endif
-
-/* x [rows, depth] times `count` weight rows into out [rows, stride]. */
-static void group(const input *x, const number *w, int64_t rows, int64_t depth, int64_t count, float *out,
-                  int64_t stride, int fetch) {
-    if (count < GROUP) {
-        for (int64_t r = 0; r < rows; r++)
-            for (int64_t c = 0; c < count; c++) tile_1x1(x + r * depth, w + c * depth, out + r * stride + c, stride, depth, 0);
-        return;
-    }
-    int64_t r = 0, ahead = fetch ? GROUP * depth : 0;
-    for (; r + 4 <= rows; r += 4, ahead = 0)
-        for (int c = 0; c < GROUP; c += ACROSS) TILE_4(x + r * depth, w + c * depth, out + r * stride + c, stride, depth, ahead);
-    for (int c = 0; r < rows && c < GROUP; c += 4) {
-        const input *at = x + r * depth;
-        float *to = out + r * stride + c;
-        if (rows - r == 3) tile_3x4(at, w + c * depth, to, stride, depth, ahead);
-        if (rows - r == 2) tile_2x4(at, w + c * depth, to, stride, depth, ahead);
-        if (rows - r == 1) tile_1x4(at, w + c * depth, to, stride, depth, ahead);
-    }
-}
-
 /* ---- the matrix unit: weight rows as they lie are one factor, rows of x packed in pairs the other --------------------- */
 
 INLINE int takes_matrix(int64_t depth) { return MATRIX && depth % DEEP == 0; }
@@ -348,8 +125,7 @@ INLINE int takes_matrix(int64_t depth) { return MATRIX && depth % DEEP == 0; }
 static void pack(const input *x, int64_t rows, int64_t depth, input *packed) {
     if (!takes_matrix(depth)) return;
     int64_t steps = depth / DEEP, blocks = (rows + WIDE - 1) / WIDE;
-#pragma omp for schedule(static)
-    for (int64_t i = 0; i < blocks * steps; i++) {
+    EACH(i, blocks * steps) {
         int64_t block = i / steps, step = i % steps;
         for (int64_t r = 0; r < WIDE; r++) {
             int64_t row = block * WIDE + r;
@@ -360,6 +136,7 @@ static void pack(const input *x, int64_t rows, int64_t depth, input *packed) {
             }
         }
     }
+    meet();
 }
 
 #if MATRIX
@@ -439,8 +216,7 @@ INLINE int64_t scout_of(const struct run *run, int64_t row) {
 static void lower(const struct run *run, const struct product *p, const input *x, input *low) {
     int64_t rows = run->batch * run->rows;
     if (!run->ranks) return;
-#pragma omp for schedule(static)
-    for (int64_t i = 0; i < 3 * run->ranks; i++) {
+    EACH(i, 3 * run->ranks) {
         const struct part *part = &p->parts[i / run->ranks];
         int64_t rank = i % run->ranks;
         if (rank >= part->rank) continue;
@@ -452,6 +228,7 @@ static void lower(const struct run *run, const struct product *p, const input *x
             low[(i / run->ranks * rows + scout) * run->ranks + rank] = input_of(sum);
         }
     }
+    meet();
 }
 
 /* Biases and tails of weight rows from .. from + count, added to out [rows, GROUP]. */
@@ -482,9 +259,8 @@ enum use { STORE, ADD, LOGITS };
 static void multiply(const struct run *run, const struct product *p, const input *x, input *packed, const input *low,
                      int64_t rows, enum use use, void *to) {
     pack(x, rows, p->depth, packed);
-    int64_t groups = (p->width + GROUP - 1) / GROUP, each = groups / (4 * run->threads) + 1;
-#pragma omp for schedule(dynamic, each)
-    for (int64_t g = 0; g < groups; g++) {
+    int64_t groups = (p->width + GROUP - 1) / GROUP, each = share_of(groups, run->threads);
+    SHARED(g, groups, each) {
         float out[MOST_ROWS * GROUP];
         int64_t from = g * GROUP, count = p->width - from < GROUP ? p->width - from : GROUP;
         weigh(x, packed, p->weight + from * p->depth, rows, p->depth, count, out);
@@ -500,20 +276,15 @@ static void multiply(const struct run *run, const struct product *p, const input
                 if (use == LOGITS) ((number *)to)[at] = narrow(out[r * GROUP + c]);
             }
     }
-}
-
-INLINE vec activated(vec gate, vec up, int64_t gelu) {
-    vec inner = gelu ? (gate + gate * gate * gate * 0.044715f) * 1.5957691216057308f : gate;
-    return gate / (exponential(-inner) + 1.0f) * up;
+    meet();
 }
 
 /* act(x @ gate.T) * (x @ up.T) into inner [rows, width / 2]. */
 static void gate(const struct model *m, const struct run *run, const struct product *p, const input *x,
                  input *packed, const input *low, int64_t rows, input *inner) {
     pack(x, rows, p->depth, packed);
-    int64_t width = p->width / 2, groups = (width + GROUP - 1) / GROUP, each = groups / (4 * run->threads) + 1;
-#pragma omp for schedule(dynamic, each)
-    for (int64_t g = 0; g < groups; g++) {
+    int64_t width = p->width / 2, groups = (width + GROUP - 1) / GROUP, each = share_of(groups, run->threads);
+    SHARED(g, groups, each) {
         float out[2][MOST_ROWS * GROUP + LANES];
         int64_t from = g * GROUP, count = width - from < GROUP ? width - from : GROUP;
         for (int half = 0; half < 2; half++) {
@@ -525,22 +296,10 @@ static void gate(const struct model *m, const struct run *run, const struct prod
         for (int64_t r = 0; r < rows; r++)
             for (int64_t c = 0; c < count; c++) inner[r * width + from + c] = input_of(out[0][r * GROUP + c]);
     }
+    meet();
 }
 
 /* ---- rows between products -------------------------------------------------------------------------------------------- */
-
-/* 1 / rms of x [count]. */
-static float inverse_rms(const float *x, int64_t count, float eps) {
-    vec squares = {0};
-    int64_t i = 0;
-    for (; i + LANES <= count; i += LANES) {
-        vec some = *(const loose *)(x + i);
-        squares = FUSED(some, some, squares);
-    }
-    float sum = total(squares);
-    for (; i < count; i++) sum = FUSED_ONE(x[i], x[i], sum);
-    return 1.0f / sqrtf(sum / (float)count + eps);
-}
 
 INLINE float scaled(const struct model *m, float value, float inverse, number gamma) {
     return value * inverse * (wide(gamma) + m->shift);
@@ -556,8 +315,7 @@ static void hand_out(const float *from, int64_t count, number *to) {
 static void between(const struct model *m, const struct run *run, const struct buffers *b, const number *behind,
                     const number *before, number *tap, number *other, input *to) {
     int64_t rows = run->batch * run->rows, n = m->hidden;
-#pragma omp for schedule(static)
-    for (int64_t r = 0; r < rows; r++) {
+    EACH(r, rows) {
         float *stream = run->hidden + r * n;
         if (behind) {
             const float *added = b->added + r * n;
@@ -573,6 +331,7 @@ static void between(const struct model *m, const struct run *run, const struct b
             for (int64_t i = 0; i < n; i++) to[r * n + i] = input_of(stream[i]);
         }
     }
+    meet();
 }
 
 /* Norms of queries and keys, rotation, and the cache: queries stay in `joined`, keys and values go behind `lengths`. */
@@ -580,8 +339,7 @@ static void turn(const struct model *m, const struct run *run, const struct laye
                  number *keys, number *values) {
     int64_t rows = run->batch * run->rows, size = m->size, half = size / 2, turned = m->heads + m->key_heads;
     int64_t width = (turned + m->key_heads) * size;
-#pragma omp for schedule(static)
-    for (int64_t r = 0; r < rows; r++) {
+    EACH(r, rows) {
         float *row = b->joined + r * width;
         const float *cos = run->cos[layer->kind] + r * half, *sin = run->sin[layer->kind] + r * half;
         int64_t request = r / run->rows, entry = run->lengths[request] + r % run->rows;
@@ -609,77 +367,10 @@ static void turn(const struct model *m, const struct run *run, const struct laye
             hand_out(row + (turned + h) * size, size, values + at);
         }
     }
+    meet();
 }
 
-/* ---- attention -------------------------------------------------------------------------------------------------------- */
-
-#if LANES == 16
-#define TOGETHER 4 /* queries that read a value together */
-#else
-#define TOGETHER 3
-#endif
-
-/* out [Q, size] += the sum over `count` entries of weight times value, entry after entry; weights [Q, span]. */
-#define VALUES(Q, V)                                                                                                   \
-    INLINE void values_##Q##x##V(const float *weights, int64_t span, const number *values, int64_t count, int64_t size, float *out) { \
-        vec sums[Q][V];                                                                                                \
-        for (int q = 0; q < Q; q++)                                                                                    \
-            for (int v = 0; v < V; v++) sums[q][v] = *(loose *)(out + q * size + v * LANES);                           \
-        for (int64_t j = 0; j < count; j++)                                                                            \
-            for (int v = 0; v < V; v++) {                                                                              \
-                vec value = lanes(values + j * size + v * LANES);                                                      \
-                for (int q = 0; q < Q; q++) sums[q][v] = FUSED(value, all(weights[q * span + j]), sums[q][v]);         \
-            }                                                                                                          \
-        for (int q = 0; q < Q; q++)                                                                                    \
-            for (int v = 0; v < V; v++) *(loose *)(out + q * size + v * LANES) = sums[q][v];                           \
-    }
-
-VALUES(1, 1)
-VALUES(1, 4)
-#if LANES == 16
-VALUES(4, 1)
-VALUES(4, 4)
-#define VALUES_1 values_4x1
-#define VALUES_4 values_4x4
-#else
-VALUES(3, 1)
-VALUES(3, 4)
-#define VALUES_1 values_3x1
-#define VALUES_4 values_3x4
-#endif
-
-static void gather(const float *weights, int64_t span, const number *values, int64_t count, int64_t size, float *out,
-                   int64_t queries) {
-    int64_t q = 0;
-    for (; q + TOGETHER <= queries; q += TOGETHER) {
-        int64_t d = 0;
-        for (; d + 4 * LANES <= size; d += 4 * LANES) VALUES_4(weights + q * span, span, values + d, count, size, out + q * size + d);
-        for (; d + LANES <= size; d += LANES) VALUES_1(weights + q * span, span, values + d, count, size, out + q * size + d);
-    }
-    for (; q < queries; q++) {
-        int64_t d = 0;
-        for (; d + 4 * LANES <= size; d += 4 * LANES) values_1x4(weights + q * span, span, values + d, count, size, out + q * size + d);
-        for (; d + LANES <= size; d += LANES) values_1x1(weights + q * span, span, values + d, count, size, out + q * size + d);
-    }
-    for (int64_t d = size / LANES * LANES; d < size; d++)
-        for (q = 0; q < queries; q++)
-            for (int64_t j = 0; j < count; j++)
-                out[q * size + d] = FUSED_ONE(weights[q * span + j], wide(values[j * size + d]), out[q * size + d]);
-}
-
-/* scores [count] become weights; returns one over their sum. */
-static float soften(float *scores, int64_t count) {
-    float most = -INFINITY;
-    vec sum = {0};
-    for (int64_t i = 0; i < count; i++) most = scores[i] > most ? scores[i] : most;
-    for (int64_t i = count; i < (count + LANES - 1) / LANES * LANES; i++) scores[i] = -INFINITY;
-    for (int64_t i = 0; i < count; i += LANES) {
-        vec some = exponential(*(loose *)(scores + i) - most);
-        *(loose *)(scores + i) = some;
-        sum += some;
-    }
-    return 1.0f / total(sum);
-}
+/* ---- attention of a pass ---------------------------------------------------------------------------------------------- */
 
 INLINE int visible(const struct run *run, int64_t request, int64_t row, int64_t other, int64_t window) {
     const int64_t *positions = run->positions + request * run->rows;
@@ -753,18 +444,16 @@ static void attend_block(const struct model *m, const struct run *run, const str
     }
 }
 
-extern int omp_get_thread_num(void);
-
 static void attend(const struct model *m, const struct run *run, const struct layer *layer, const struct buffers *b,
                    const number *keys, const number *values) {
     int64_t blocks = (run->rows + BLOCK - 1) / BLOCK;
     int64_t room = room_of(m, run);
-#pragma omp for schedule(dynamic, 1)
-    for (int64_t i = 0; i < run->batch * m->key_heads * blocks; i++) {
+    SHARED(i, run->batch * m->key_heads * blocks, 1) {
         int64_t from = i % blocks * BLOCK, to = from + BLOCK < run->rows ? from + BLOCK : run->rows;
         int64_t head = i / blocks % m->key_heads, request = i / blocks / m->key_heads;
-        attend_block(m, run, layer, b, keys, values, request, head, from, to, b->scores + omp_get_thread_num() * room);
+        attend_block(m, run, layer, b, keys, values, request, head, from, to, b->scores + here.me * room);
     }
+    meet();
 }
 
 /* ---- the pass --------------------------------------------------------------------------------------------------------- */
@@ -794,20 +483,21 @@ static void finish(const struct model *m, const struct run *run, const struct bu
     const struct layer *last = run->layer[run->layers - 1];
     between(m, run, b, last->norm_mlp_out, m->norm, run->behind[run->layers - 1], run->pre_norm, b->normed);
     if (run->post_norm)
-#pragma omp for schedule(static)
-        for (int64_t i = 0; i < run->batch * run->rows * n; i++) run->post_norm[i] = narrow(value_of(b->normed[i]));
+        EACH(i, run->batch * run->rows * n) run->post_norm[i] = narrow(value_of(b->normed[i]));
     if (!run->logits) return;
-#pragma omp for schedule(static)
-    for (int64_t i = 0; i < run->batch * wanted; i++)
+    EACH(i, run->batch * wanted)
         memcpy(b->last + i * n, b->normed + (i / wanted * run->rows + run->head_from + i % wanted) * n, n * sizeof(input));
+    meet();
     multiply(run, &m->head, b->last, b->packed, NULL, run->batch * wanted, LOGITS, run->logits);
 }
 
 void outpace_pass(const struct model *m, const struct run *run) {
     struct buffers b;
+    struct team team = {0};
     lay_out(m, run, &b);
 #pragma omp parallel num_threads((int)run->threads)
     {
+        join_team(&team);
 #if MATRIX
         struct tiles before;
         open_tiles(&before);
@@ -839,8 +529,10 @@ int outpace_product(const number *x, const number *weight, const number *bias, n
 #else
     input *packed = NULL;
 #endif
+    struct team team = {0};
 #pragma omp parallel num_threads((int)threads)
     {
+        join_team(&team);
 #if MATRIX
         struct tiles before;
         open_tiles(&before);
@@ -858,146 +550,3 @@ int outpace_product(const number *x, const number *weight, const number *bias, n
 #endif
     return 0;
 }
-
-/* ---- products with weights in eight bits, a scale per weight row: x and out float32 -------------------------------- */
-
-#if !HALF
-INLINE vec from_bytes(const int8_t *from) {
-#if defined(__AVX512F__)
-    return (vec)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)from)));
-#elif defined(__AVX2__)
-    return (vec)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)from)));
-#else
-    vec some;
-    for (int i = 0; i < LANES; i++) some[i] = (float)from[i];
-    return some;
-#endif
-}
-
-/* R rows times C weight rows, before their scales. */
-#define BYTES(R, C)                                                                                                    \
-    INLINE void bytes_##R##x##C(const float *x, const int8_t *w, float *out, int64_t stride, int64_t depth) {          \
-        vec sums[R][C];                                                                                                \
-        int64_t k = 0;                                                                                                 \
-        for (int r = 0; r < R; r++)                                                                                    \
-            for (int c = 0; c < C; c++) sums[r][c] = (vec){0};                                                         \
-        for (; k + LANES <= depth; k += LANES) {                                                                       \
-            vec some[C];                                                                                               \
-            for (int c = 0; c < C; c++) some[c] = from_bytes(w + c * depth + k);                                       \
-            if (R == 1 || k % 64 == 0)                                                                                 \
-                for (int c = 0; c < C; c++) __builtin_prefetch(w + (AHEAD + c) * depth + k, 0, 3);                     \
-            for (int r = 0; r < R; r++) {                                                                              \
-                vec row = *(const loose *)(x + r * depth + k);                                                         \
-                for (int c = 0; c < C; c++) sums[r][c] = FUSED(row, some[c], sums[r][c]);                              \
-            }                                                                                                          \
-        }                                                                                                              \
-        for (int r = 0; r < R; r++)                                                                                    \
-            for (int c = 0; c < C; c++) {                                                                              \
-                float sum = total(sums[r][c]);                                                                         \
-                for (int64_t j = k; j < depth; j++) sum = FUSED_ONE(x[r * depth + j], (float)w[c * depth + j], sum);   \
-                out[r * stride + c] = sum;                                                                             \
-            }                                                                                                          \
-    }
-
-#define AHEAD 8 /* weight rows from here, those to fetch next */
-BYTES(1, 1)
-BYTES(1, 4)
-BYTES(2, 4)
-BYTES(4, 2)
-
-struct weight { /* in eight bits with scales, or as numbers */
-    const int8_t *bytes;
-    const float *scales, *numbers, *bias;
-    int64_t width, depth;
-};
-
-/* x [rows, depth] times four weight rows from `from` on (or what is left of them) into out [rows, width]. */
-static void four_bytes(const struct weight *weight, const float *x, int64_t rows, int64_t from, float *out) {
-    int64_t width = weight->width, depth = weight->depth, count = width - from < 4 ? width - from : 4, r = 0;
-    const int8_t *w = weight->bytes + from * depth;
-    float *to = out + from;
-    if (count < 4)
-        for (; r < rows; r++)
-            for (int64_t c = 0; c < count; c++) bytes_1x1(x + r * depth, w + c * depth, to + r * width + c, width, depth);
-    for (; r + 4 <= rows; r += 4)
-        for (int c = 0; c < 4; c += 2) bytes_4x2(x + r * depth, w + c * depth, to + r * width + c, width, depth);
-    for (; r + 2 <= rows; r += 2) bytes_2x4(x + r * depth, w, to + r * width, width, depth);
-    for (; r < rows; r++) bytes_1x4(x + r * depth, w, to + r * width, width, depth);
-    for (r = 0; r < rows; r++)
-        for (int64_t c = 0; c < count; c++)
-            to[r * width + c] = FUSED_ONE(to[r * width + c], weight->scales[from + c], weight->bias ? weight->bias[from + c] : 0.0f);
-}
-
-/* x [rows, depth] into out [rows, width], by all threads of a region. */
-static void apply(const struct weight *weight, const float *x, int64_t rows, float *out, int64_t threads) {
-    if (weight->bytes) {
-        int64_t groups = (weight->width + 3) / 4, each = groups / (4 * threads) + 1;
-#pragma omp for schedule(dynamic, each)
-        for (int64_t g = 0; g < groups; g++) four_bytes(weight, x, rows, 4 * g, out);
-    } else {
-        struct run run = {.threads = threads};
-        struct product product = {
-            .weight = weight->numbers, .bias = weight->bias, .width = weight->width, .depth = weight->depth};
-        multiply(&run, &product, x, NULL, NULL, rows, LOGITS, out);
-    }
-}
-
-void outpace_apply(const struct weight *weight, const float *x, float *out, int64_t rows, int64_t threads) {
-#pragma omp parallel num_threads((int)threads)
-    apply(weight, x, rows, out, threads);
-}
-
-/* ---- a drafter's block, float32: what stands before attention, and what stands behind it ---------------------------- */
-
-/* Queries, keys and values of x, the first two rotated. weights: three. cos, sin: [rows, size], both halves alike. */
-void outpace_heads(const struct weight *weights, const float *x, const float *cos, const float *sin, float *queries,
-                   float *keys, float *values, int64_t rows, int64_t size, int64_t threads) {
-    float *to[] = {queries, keys, values};
-#pragma omp parallel num_threads((int)threads)
-    {
-        for (int i = 0; i < 3; i++) apply(weights + i, x, rows, to[i], threads);
-        for (int i = 0; i < 2; i++) {
-            int64_t width = weights[i].width, half = size / 2;
-#pragma omp for schedule(static)
-            for (int64_t r = 0; r < rows; r++)
-                for (float *head = to[i] + r * width; head < to[i] + (r + 1) * width; head += size)
-                    for (int64_t j = 0; j < half; j++) {
-                        float one = head[j], two = head[j + half], c = cos[r * size + j], s = sin[r * size + j];
-                        head[j] = one * c - two * s;
-                        head[j + half] = two * c + one * s;
-                    }
-        }
-    }
-}
-
-/* residual + out(attended), and the gated part behind the norm added. weights: out, gate, up, down. space: room for
-   rows * (2 * hidden + 2 * inner). */
-void outpace_finish(const struct weight *weights, const float *residual, const float *attended, const float *gamma,
-                    float eps, float *out, float *space, int64_t rows, int64_t threads) {
-    int64_t hidden = weights[0].width, inner = weights[1].width;
-    float *added = space, *normed = added + rows * hidden, *gates = normed + rows * hidden, *ups = gates + rows * inner;
-#pragma omp parallel num_threads((int)threads)
-    {
-        apply(weights, attended, rows, added, threads);
-#pragma omp for schedule(static)
-        for (int64_t r = 0; r < rows; r++) {
-            float *row = out + r * hidden;
-            for (int64_t i = 0; i < hidden; i++) row[i] = residual[r * hidden + i] + added[r * hidden + i];
-            float inverse = inverse_rms(row, hidden, eps);
-            for (int64_t i = 0; i < hidden; i++) normed[r * hidden + i] = row[i] * inverse * gamma[i];
-        }
-        apply(weights + 1, normed, rows, gates, threads);
-        apply(weights + 2, normed, rows, ups, threads);
-#pragma omp for schedule(static)
-        for (int64_t r = 0; r < rows; r++) {
-            int64_t i = 0;
-            float *gate = gates + r * inner, *up = ups + r * inner;
-            for (; i + LANES <= inner; i += LANES) *(loose *)(gate + i) = activated(*(loose *)(gate + i), *(loose *)(up + i), 0);
-            for (; i < inner; i++) gate[i] = gate[i] / (1.0f + expf(-gate[i])) * up[i];
-        }
-        apply(weights + 3, gates, rows, added, threads);
-#pragma omp for schedule(static)
-        for (int64_t i = 0; i < rows * hidden; i++) out[i] += added[i];
-    }
-}
-#endif

@@ -1,11 +1,12 @@
-"""What `pass.c` is told, as ctypes sees it; names and order are those of the C source."""
+"""What `pass.c` and `rows.c` are told, as ctypes sees it; names and order are those of the C sources."""
 
 from __future__ import annotations
 
 import ctypes
-from typing import Any, ClassVar, Final
+from typing import Any, ClassVar, Final, Literal
 
 _Pointer, _Count, _Real = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
+Source = Literal["pass", "rows"]
 MOST_PARTS: Final = 3
 MOST_ROWS: Final = 512  # of a pass
 MOST_GROUP: Final = 64  # query heads that share a key head
@@ -82,7 +83,7 @@ class Run(ctypes.Structure):
 
 
 class Weight(ctypes.Structure):
-    """A weight of a drafter: in eight bits with scales, or float32 numbers."""
+    """A weight of a drafter: in eight bits with scales, or float32 numbers; of width 0 there is none."""
 
     _fields_: ClassVar[Any] = [
         *((name, _Pointer) for name in ("bytes", "scales", "numbers", "bias")),
@@ -91,8 +92,75 @@ class Weight(ctypes.Structure):
     ]
 
 
-def check_sizes(library: ctypes.CDLL) -> None:
-    """Assert that C and Python mean the same bytes."""
-    for index, struct in enumerate((Part, Product, Layer, Model, Run)):
-        assert library.outpace_sizes(index) == ctypes.sizeof(struct), struct.__name__
-    assert [library.outpace_sizes(5 + index) for index in range(2)] == [MOST_ROWS, MOST_GROUP]
+class RowBlock(ctypes.Structure):
+    """A block of a network that follows rows."""
+
+    _fields_: ClassVar[Any] = [
+        *((name, Weight) for name in ("qkv", "out", "gate_up", "down")),
+        ("norm_attention", _Pointer),
+        ("norm_mlp", _Pointer),
+    ]
+
+
+class RowNetwork(ctypes.Structure):
+    """A network that follows rows, see `drafters.device.plan.RowPlan`."""
+
+    _fields_: ClassVar[Any] = [
+        *((name, _Count) for name in ("hidden", "inner", "heads", "key_heads", "size", "layers", "taps")),
+        *((name, _Count) for name in ("embedding_first", "residual", "feeds_normed")),
+        ("eps", _Real),
+        ("scaling", _Real),
+        *((name, _Pointer) for name in ("tap_norms", "fuse_norm", "norm_embedding", "norm_state", "norm")),
+        *((name, Weight) for name in ("fuse", "join", "head")),
+        ("blocks", _Pointer),
+        ("offsets", _Pointer),
+    ]
+
+
+class Level(ctypes.Structure):
+    """Rows it reads in one call."""
+
+    _fields_: ClassVar[Any] = [
+        *((name, _Count) for name in ("threads", "batch", "rows", "chain", "ahead", "offset", "scratch")),
+        *((name, _Count) for name in ("capacity", "longest")),
+        *((name, _Pointer) for name in ("at", "slots", "sees", "cos", "sin", "keys", "values")),
+        *((name, _Pointer) for name in ("embedded", "features", "states", "out", "space")),
+    ]
+
+
+class Choice(ctypes.Structure):
+    """Rows whose best next tokens are asked for."""
+
+    _fields_: ClassVar[Any] = [
+        *((name, _Count) for name in ("threads", "rows", "each", "count")),
+        *((name, _Pointer) for name in ("y", "heat", "race", "values", "ids", "space")),
+    ]
+
+
+def declare(library: ctypes.CDLL, source: Source) -> ctypes.CDLL:
+    """Say what the functions of a library take, and assert that C and Python mean the same bytes."""
+    at, count = ctypes.c_void_p, ctypes.c_int64
+    structs: tuple[type[ctypes.Structure], ...]
+    if source == "pass":
+        model, run = ctypes.POINTER(Model), ctypes.POINTER(Run)
+        library.outpace_space.argtypes = library.outpace_pass.argtypes = [model, run]
+        library.outpace_product.argtypes = [at] * 4 + [count] * 4
+        structs, limits, sizes = (Part, Product, Layer, Model, Run), [MOST_ROWS, MOST_GROUP], library.outpace_sizes
+        spaces, calls = [library.outpace_space], [library.outpace_pass]
+    else:
+        net, level, choice = (ctypes.POINTER(struct) for struct in (RowNetwork, Level, Choice))
+        library.outpace_apply.argtypes = [ctypes.POINTER(Weight), at, at, count, count]
+        library.outpace_rows_space.argtypes = library.outpace_rows.argtypes = [net, level]
+        library.outpace_best_space.argtypes = library.outpace_best.argtypes = [net, choice]
+        structs, limits, sizes = (Weight, RowBlock, RowNetwork, Level, Choice), [MOST_GROUP], library.outpace_rows_sizes
+        spaces = [library.outpace_rows_space, library.outpace_best_space]
+        calls = [library.outpace_apply, library.outpace_rows, library.outpace_best]
+    sizes.argtypes = [count]
+    for function in (sizes, *spaces):
+        function.restype = count
+    for function in calls:
+        function.restype = None
+    for index, struct in enumerate(structs):
+        assert sizes(index) == ctypes.sizeof(struct), struct.__name__
+    assert [sizes(len(structs) + index) for index in range(len(limits))] == limits
+    return library
