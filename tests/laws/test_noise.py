@@ -45,6 +45,16 @@ def test_grid_equals_single_numbers_for_any_shape(seed, requests, positions):
             assert float(grid[i, j]) == noise.uniform(request, position)
 
 
+@pytest.mark.parametrize("vocabulary", [1, 4, 255, 257, 49_153])
+def test_compiled_words_are_those_of_numpy(vocabulary, monkeypatch):
+    """Bit for bit, for seeds, requests and positions of all their bits; the numpy way is the definition."""
+    keys = [(0, 0, 0), (2**64 - 1, 2**64 - 1, 2**32 - 1), (0x9E3779B97F4A7C15, 2**63 + 12345, 71)]
+    found = [Noise(seed).gumbel(request, position, vocabulary) for seed, request, position in keys]
+    monkeypatch.setenv("OUTPACE_NATIVE", "off")
+    wanted = [Noise(seed).gumbel(request, position, vocabulary) for seed, request, position in keys]
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(found, wanted, strict=True))
+
+
 def test_streams_requests_positions_and_rounds_are_independent():
     """Chi-square on pairs of numbers that differ in one part of the key; each fails by chance once in 10^5."""
     noise, count = Noise(3), 4000

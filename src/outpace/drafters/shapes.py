@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING, Any, Final
 
 import torch
 
+from outpace.caches import cache_folder
 from outpace.drafters.checkpoint import CONFIG, describe_target
-from outpace.target.dense import cache_folder
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import os
 import shutil
 import tempfile
 from pathlib import Path
@@ -17,21 +16,13 @@ from typing import TYPE_CHECKING, Any, Final
 
 from safetensors import SafetensorError
 
+from outpace.caches import cache_folder
+
 if TYPE_CHECKING:
     import torch
 
 _LOG: Final = logging.getLogger("outpace")
 _CONFIG: Final = "config.json"
-
-
-def cache_folder() -> Path | None:
-    """Where copies are kept, or None."""
-    asked = os.environ.get("OUTPACE_CACHE", "")
-    if asked.lower() in ("off", "0", "none"):
-        return None
-    if asked:
-        return Path(asked).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "outpace"
 
 
 def copy_of(file: Path, dtype: torch.dtype, version: str) -> Path | None:

@@ -20,7 +20,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from outpace.target.native.build import has_bfloat16_products, why_not
+from outpace.compiler import has_bfloat16_products
+from outpace.target.native.build import why_not
 from outpace.target.native.product import apply, product
 from outpace.target.native.structs import Weight
 

@@ -1,34 +1,20 @@
-"""Compile `pass.c` and `rows.c` for the processor at hand, once, into the user's cache, and load them.
-
-The C compiler of the machine is asked (`CC`, else gcc or cc), as Triton asks it. Nothing is lost without one: passes
-take PyTorch's operations then, and `outpace doctor` says why. `OUTPACE_NATIVE=off` does the same on purpose.
-"""
+"""The two C sources of this folder, compiled for the processor at hand (`outpace.compiler`)."""
 
 from __future__ import annotations
 
-import ctypes
 import functools
-import hashlib
-import logging
-import os
-import platform
-import shutil
-import subprocess
-import sys
-import tempfile
 from pathlib import Path
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 import torch
 
-from outpace.errors import UnsupportedError
-from outpace.target.dense import cache_folder
+from outpace import compiler
 from outpace.target.native.structs import Source, declare
 
-_LOG: Final = logging.getLogger("outpace")
+if TYPE_CHECKING:
+    import ctypes
+
 _PLACE: Final = Path(__file__).parent
-_FLAGS: Final = ("-O3", "-march=native", "-ffp-contract=off", "-std=gnu11", "-fPIC", "-fopenmp")
-_PATIENCE: Final = 300.0  # seconds a compiler may take; it needs four
 
 
 def load(dtype: torch.dtype, source: Source = "pass") -> ctypes.CDLL:
@@ -37,95 +23,14 @@ def load(dtype: torch.dtype, source: Source = "pass") -> ctypes.CDLL:
     Raises:
         UnsupportedError: saying why there are none.
     """
-    library, reason = _attempt(dtype, source, os.environ.get("OUTPACE_NATIVE", "on"))
-    if library is None:
-        raise UnsupportedError(str(reason))
-    return library
+    return _declared(compiler.load(_PLACE / f"{source}.c", dtype), source)
 
 
 def why_not(dtype: torch.dtype, source: Source = "pass") -> str | None:
     """Why there are no compiled functions for a dtype; None where there are."""
-    return _attempt(dtype, source, os.environ.get("OUTPACE_NATIVE", "on"))[1]
+    return compiler.why_not(_PLACE / f"{source}.c", dtype)
 
 
 @functools.cache
-def has_bfloat16_products() -> bool:
-    """Whether the processor multiplies bfloat16 numbers (AVX-512), which PyTorch's products of few rows use."""
-    return "avx512_bf16" in _processor().split()
-
-
-@functools.cache
-def _attempt(dtype: torch.dtype, source: Source, asked: str) -> tuple[ctypes.CDLL | None, str | None]:
-    """The library, or why there is none: asked once a process."""
-    try:
-        return _loaded(dtype, source, asked), None
-    except UnsupportedError as error:
-        return None, str(error)
-    except OSError as error:
-        return None, f"compiled passes cannot be written or loaded: {error}"
-
-
-def _loaded(dtype: torch.dtype, source: Source, asked: str) -> ctypes.CDLL:
-    if asked == "off":
-        raise UnsupportedError("compiled passes are switched off (OUTPACE_NATIVE=off)")
-    if dtype not in (torch.float32, torch.bfloat16):
-        raise UnsupportedError(f"compiled passes are for float32 and bfloat16, not {dtype}")
-    if sys.platform != "linux" or platform.machine() != "x86_64":
-        raise UnsupportedError(f"compiled passes are for Linux on x86_64, not {sys.platform} on {platform.machine()}")
-    compiler = next((c for c in (os.environ.get("CC"), "gcc", "cc") if c and shutil.which(c)), None)
-    if compiler is None:
-        raise UnsupportedError("compiled passes need a C compiler (apt install gcc, or name one in CC)")
-    half = dtype == torch.bfloat16
-    flags = (*_FLAGS, f"-DHALF={int(half)}", f"-DMATRIX={int(half and _may_use_matrix_units())}")
-    unit = _PLACE / f"{source}.c"
-    digest = hashlib.sha256(unit.read_bytes() + (_PLACE / "arithmetic.h").read_bytes())
-    for fact in (_said(compiler, "--version"), _processor(), *flags):
-        digest.update(fact.encode())
-    name = f"{source}-{str(dtype).removeprefix('torch.')}-{digest.hexdigest()[:16]}.so"
-    folder = cache_folder()
-    if folder is not None:
-        return declare(ctypes.CDLL(str(_compiled(compiler, flags, unit, folder / "native", name))), source)
-    with tempfile.TemporaryDirectory() as temporary:
-        return declare(ctypes.CDLL(str(_compiled(compiler, flags, unit, Path(temporary), name))), source)
-
-
-def _compiled(compiler: str, flags: tuple[str, ...], source: Path, folder: Path, name: str) -> Path:
-    """The library in a folder, made if it is not there; it appears whole or not at all."""
-    made = folder / name
-    if made.is_file():
-        return made
-    folder.mkdir(parents=True, exist_ok=True)
-    _LOG.info("compiling %s for this processor, once (%s)", source.stem, made)
-    with tempfile.TemporaryDirectory(dir=folder) as temporary:
-        unit, library = Path(temporary) / "pass.o", Path(temporary) / name
-        _said(compiler, *flags, "-c", str(source), "-o", str(unit))
-        # Linked without -fopenmp: threads are those of the OpenMP runtime that PyTorch has loaded.
-        _said(compiler, "-shared", str(unit), "-o", str(library), "-lm")
-        library.replace(made)
-    return made
-
-
-def _may_use_matrix_units() -> bool:
-    """Ask Linux for the tile registers of this process (AMX); they are given to whoever asks, where there are some."""
-    ask, tile_data, arch_prctl = 0x1023, 18, 158
-    return "amx_bf16" in _processor().split() and ctypes.CDLL(None).syscall(arch_prctl, ask, tile_data) == 0
-
-
-def _said(compiler: str, *arguments: str) -> str:
-    try:
-        done = subprocess.run(  # noqa: S603  # the user's own compiler
-            [compiler, *arguments], capture_output=True, text=True, timeout=_PATIENCE, check=False
-        )
-    except subprocess.TimeoutExpired:
-        raise UnsupportedError(f"{compiler} took longer than {_PATIENCE:.0f} s") from None
-    if done.returncode:
-        first = next((line for line in done.stderr.splitlines() if "error" in line), done.stderr.strip()[:200])
-        raise UnsupportedError(f"{compiler} cannot compile the pass: {first}")
-    return done.stdout
-
-
-def _processor() -> str:
-    """What -march=native looks at."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.is_file() else []
-    return "\n".join(sorted({line for line in lines if line.startswith(("model name", "flags"))}))
+def _declared(library: ctypes.CDLL, source: Source) -> ctypes.CDLL:
+    return declare(library, source)
