@@ -95,8 +95,8 @@ def race_at(
     dice: NoiseDice, positions: Sequence[int], vocabulary: int, ids: Tensor | None, device: torch.device
 ) -> Tensor:
     """Gumbel noise at positions, [n, Vd] float32; ids: [Vd] the ids it is for, None for the whole vocabulary."""
-    noise = torch.stack([dice.gumbel(position, vocabulary, device) for position in positions])
-    return noise if ids is None else noise[:, ids]
+    noise = (dice.gumbel(position, vocabulary, device) for position in positions)
+    return torch.stack([one if ids is None else one.index_select(0, ids) for one in noise])
 
 
 def draws_ahead(requests: Sequence[RequestContext], count: int, head: DraftHead, coupling: float) -> Draws | None:
