@@ -200,7 +200,7 @@ def test_no_room_for_a_draft_is_an_error_that_names_the_shape_and_leaves_the_eng
     options = {"max_new_tokens": 8, "ignore_eos": True}
     with monkeypatch.context() as patch:
         patch.setattr(target.fast, "capture_work", full)
-        with pytest.raises(OutOfMemoryError, match=r"drafts of 1 x 6 nodes behind up to 256 rows"):
+        with pytest.raises(OutOfMemoryError, match=r"rounds of 1 x 8 rows .* drafts of 6 nodes behind up to 256 rows"):
             engine.generate(PROMPTS[0], **options)
     wanted = Engine(target, path="readable").generate(PROMPTS[0], **options)
     assert engine.generate(PROMPTS[0], **options)[0].tokens == wanted[0].tokens

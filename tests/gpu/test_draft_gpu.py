@@ -59,24 +59,26 @@ def awake(drafter, target):
 
 
 def drafts_laid(engine, monkeypatch):
-    """Read the rows of a pass back behind every captured draft; the graphs are those of steady state."""
+    """Read the rows of a pass back behind every captured round; the graphs are those of steady state."""
     from outpace.engine.device.rounds import DeviceRounds
 
     found = {}
-    draft_graph = DeviceRounds._draft_graph
+    round_graph = DeviceRounds._round_graph
 
-    def spy(self, draft, inputs, lane):
-        graph = draft_graph(self, draft, inputs, lane)
+    def spy(self, cache, inputs, lane, entries, taps, draft):
+        graph = round_graph(self, cache, inputs, lane, entries, taps, draft)
 
         def replay():
-            graph()
+            committed = (inputs.lengths + 1).tolist()  # a walk moves roots and lengths on, and leaves the nodes
+            left = graph()
             torch.cuda.synchronize()
-            for b, request in enumerate(engine._context.requests):
-                found[request.sampler.dice.request, int(inputs.lengths[b]) + 1] = paths_laid(inputs, b)
+            for b, request in enumerate(engine._context.requests if draft is not None else ()):
+                found[request.sampler.dice.request, committed[b]] = paths_laid(inputs, b)
+            return left
 
         return replay
 
-    monkeypatch.setattr(DeviceRounds, "_draft_graph", spy)
+    monkeypatch.setattr(DeviceRounds, "_round_graph", spy)
     return found
 
 

@@ -12,7 +12,8 @@ from interpreted import require_interpreter
 
 require_interpreter()
 
-from outpace.engine.device.kernels import Chance, Chooser, Keys, advance, walk
+from outpace.engine.device.kernels import Chance, Chooser, Keys
+from outpace.engine.device.lanes import Lane
 from outpace.engine.device.truncation import Cutter, Truncation
 from outpace.laws import Noise, NoiseDice, Sampler, Settings, Tree, warp
 from outpace.laws.rules import walk_path
@@ -114,6 +115,24 @@ def test_scouts_take_the_adapters_tails_and_main_rows_do_not(name, layers, taken
     torch.testing.assert_close(without.taps["post_norm"], bare.taps["post_norm"])
 
 
+def chosen_and_walked(
+    logits, heat, cut, keys, positions, chance, *, tokens=None, parents=None, lengths=None, room=None
+):
+    """What the kernels choose at every row, [B, R], the rows as the next round finds them, and what the walk left."""
+    batch, rows, vocabulary = logits.shape
+    inputs = Inputs.empty(batch, rows, logits.device, chain=False)
+    trail = Lane(batch, rows, vocabulary, logits.device).trail
+    inputs.positions.copy_(positions)
+    given = (inputs.tokens, tokens), (inputs.parents, parents), (inputs.lengths, lengths), (trail.room, room)
+    for to, value in given:
+        if value is not None:
+            to.copy_(value)
+    chooser = Chooser(batch * rows, vocabulary, logits.device)
+    chooser(logits, heat, cut, keys, positions, inputs, trail, chance=chance)
+    assert not chooser.arrived.any(), "ready for the next round"
+    return chooser.chosen.view(batch, rows), inputs, trail
+
+
 def _signed(word):
     return word - (1 << 64) if word >= 1 << 63 else word
 
@@ -132,41 +151,46 @@ def test_choosing_and_walking_are_the_path_rule(kinds):
         Sampler(Settings(temperature=t, seed=s, noise=kind), NoiseDice(Noise(s), r, kind))
         for t, s, r, kind in zip(temperatures, seeds, requests, kinds, strict=True)
     ]
-    chooser = Chooser(batch * rows, vocabulary, logits.device)
     raced = torch.tensor([int(t > 0 and kind == "gumbel") for t, kind in zip(temperatures, kinds, strict=True)])
     keys = Keys(torch.tensor([_signed(s) for s in seeds]), torch.tensor([_signed(r) for r in requests]), raced)
     chance = Chance("uniform" in kinds[1:], "gumbel" in kinds[1:])
     heat, cut = torch.tensor(temperatures), Truncation.room(batch, logits.device)
-    chosen = chooser(logits, heat, cut, keys, positions.view(-1), chance=chance).view(batch, rows)
+    laws = (logits, heat, cut, keys, positions.view(-1), chance)
+    chosen, _, _ = chosen_and_walked(*laws)
     for b, sampler in enumerate(samplers):
         for row in range(rows):
             assert int(chosen[b, row]) == sampler.choose(logits[b, row], [0] * (int(positions[b, row]) + 1))
     parents = torch.tensor([[-2, 0, 0, 1, 3]] * batch)
     tokens = torch.tensor([[9, int(chosen[b, 0]), 1, int(chosen[b, 1]), 2] for b in range(batch)])
     tokens[2, 1], tokens[2, 2] = 5, chosen[2, 0]  # the second child is the right one
-    emitted = torch.zeros(batch, rows + 4, dtype=torch.int64)
-    path, counts = torch.zeros(batch, rows, dtype=torch.int64), torch.zeros(batch, dtype=torch.int64)
-    walk(tokens, parents, positions.reshape(-1), chosen.reshape(-1).contiguous(), emitted, path, counts)
+    before = torch.tensor([3, 8, 1])
+    _, inputs, trail = chosen_and_walked(
+        *laws, tokens=tokens, parents=parents, lengths=before, room=torch.tensor([3, 10, 2])
+    )
+    emitted, counts = trail.emitted, trail.counts
     for b, sampler in enumerate(samplers):
         wanted = walk_path(Tree(tokens[b, 1:].tolist(), [-1, -1, 0, 2]), logits[b], sampler, prefixes[b], 0)
         count = int(counts[b])
         assert tuple(emitted[b, 1 : count + 1].tolist()) == wanted.tokens
-        assert tuple(path[b, 1:count].tolist()) == tuple(node + 1 for node in wanted.nodes)
+        assert tuple(trail.path[b, 1:count].tolist()) == tuple(node + 1 for node in wanted.nodes)
         last = wanted.nodes[-1] if wanted.nodes else -1
         assert emitted[b, -3:].tolist() == [4, 3, last in [-1, -1, 0, 2]]
-    room = torch.tensor([3, 10, 2])
-    lengths, where = torch.tensor([3, 8, 1]), positions.reshape(-1).clone()
-    advance(emitted, counts, room, tokens, where, lengths)
-    assert room.tolist() == [3 - int(counts[0]), 10 - int(counts[1]), 2 - int(counts[2])]
-    assert lengths.tolist() == [3 + int(counts[0]), 8 + int(counts[1]), 1 + int(counts[2])]
-    assert tokens[:, 0].tolist() == [int(emitted[b, counts[b]]) for b in range(batch)]
-    assert where.view(batch, rows)[:, 0].tolist() == lengths.tolist()
+    assert torch.equal(trail.results[0], emitted)
+    assert trail.room.tolist() == [3 - int(counts[0]), 10 - int(counts[1]), 2 - int(counts[2])]
+    assert torch.equal(trail.starts, before)
+    assert torch.equal(inputs.lengths, before + counts)
+    assert inputs.tokens[:, 0].tolist() == [int(emitted[b, counts[b]]) for b in range(batch)]
+    assert torch.equal(inputs.tokens[:, 1:], tokens[:, 1:])
+    assert torch.equal(inputs.positions.view(batch, rows)[:, 0], inputs.lengths)
+    for turn in (1, 2, 0):  # each round has its place on the host
+        for which in range(3):
+            trail.stamp(which)
+        assert int(trail.turn) == turn
 
 
 @torch.inference_mode()
 def test_no_law_is_no_token():
     logits = torch.full((1, 2, 50), float("nan"))
-    chooser = Chooser(2, 50, logits.device)
     one = torch.zeros(1, dtype=torch.int64)
     for heat, kind in ((0.0, 0), (1.0, 0), (1.0, 1)):
         keys = Keys(one, one, one + kind)
@@ -175,7 +199,8 @@ def test_no_law_is_no_token():
             if truncated:
                 cut.load([Settings(temperature=1.0, top_p=0.9, top_k=3, min_p=0.1)])
             where = torch.zeros(2, dtype=torch.int64)
-            assert chooser(logits, torch.tensor([heat]), cut, keys, where, chance=chance).tolist() == [-1, -1]
+            chosen, _, _ = chosen_and_walked(logits, torch.tensor([heat]), cut, keys, where, chance)
+            assert chosen.tolist() == [[-1, -1]]
 
 
 CUTS = [
@@ -239,9 +264,8 @@ def test_truncated_choices_are_the_samplers(kinds):
     keys = Keys(torch.arange(4), torch.arange(4), raced)
     cut = Truncation.room(4, logits.device)
     chance = Chance("uniform" in kinds, "gumbel" in kinds, cut.load(laws))
-    chooser = Chooser(4 * rows, vocabulary, logits.device)
     heats = torch.tensor([law.temperature for law in laws])
-    chosen = chooser(logits, heats, cut, keys, positions, chance=chance).view(4, rows)
+    chosen, _, _ = chosen_and_walked(logits, heats, cut, keys, positions, chance)
     for b, sampler in enumerate(samplers):
         assert chosen[b].tolist() == [sampler.choose(logits[b, row], [0] * (row + 1)) for row in range(rows)]
 

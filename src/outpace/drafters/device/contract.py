@@ -1,13 +1,14 @@
-"""What a drafter does in rounds that stay on the device: one piece of work to capture, one to gather what is owed.
+"""What a drafter does in rounds that stay on the device: a piece of work in front of the pass, and one behind it.
 
-    draft graph   draft(...)  -> tokens, parents      the engine lays them into the pass's rows
-                  place(...)                          scouts behind them, for a drafter that has some
-    pass graph    the target, with taps
-    walk graph    collect(...)                        behind choosing, walking and committing
+    draft(...)  -> tokens, parents      the engine lays them into the pass's rows
+    place(...)                          scouts behind them, for a drafter that has some
+    the pass                            the target, with taps
+    collect(...)                        behind choosing, walking and committing
 
-All pieces launch kernels on tensors that keep their place and never wait for the device, so that the engine may launch
-a round before the host has read the last one. The host's side of the drafter learns of it through four verbs: `join`
-(these requests, in this order), `launched`, `settle` (a round has been read), `leave` (the host takes over again).
+All of it is one graph: pieces launch kernels on tensors that keep their place and never wait for the device, so that
+the engine may launch a round before the host has read the last one. The host's side of the drafter learns of it through
+four verbs: `join` (these requests, in this order), `launched`, `settle` (a round has been read), `leave` (the host
+takes over again).
 
 A round that was launched ahead and thrown away has read what the round before it left: those rows are committed and
 stay. What it left itself is forgotten.

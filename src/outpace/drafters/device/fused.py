@@ -1,10 +1,10 @@
 """Drafts through fused kernels: what makes a level of a growing tree cheap.
 
-    rows owed   [fuse], enter, block, top, head, tiles, births
-    each depth  expand, block, head, tiles, births              block: qkv, attention (two), output, gate-up, down
+    rows owed   [fuse], enter, block, top, head, children
+    each depth  expand, block, head, children              block: qkv, attention (two), output, gate-up, down
     at the end  keep
 
-Ten launches a level for one block, against sixty of `growth`, which stays the definition. What does not fit (options a
+Nine launches a level for one block, against sixty of `growth`, which stays the definition. What does not fit (options a
 plan cannot say, trees fixed in advance, many rows at once) is drafted by the captured functions of `growth`.
 """
 
@@ -42,7 +42,7 @@ _MOST_TAPS: Final = 4
 _MOST_BRANCHES: Final = 16
 _MOST_BORN: Final = 1024
 _POSITIONS: Final = 1 << 17  # most that tables of angles hold
-_STEP: Final = 16  # values compared at once with all others
+_COMPARED: Final = 2048  # comparisons of a warp at once, where values are compared with each other
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +93,7 @@ class FusedDraft(FollowingDraft):
         self.tree, self.plan = drafter.shape, plan
         target, net = drafter.target, drafter.module
         self.device = target.device
-        self.pdl = self.device.type == "cuda" and dependent_launch(self.device)
+        self.pdl = dependent_launch(self.device)
         self.table = target.model.get_input_embeddings().weight.detach()
         positions = torch.arange(bucket(min(target.context, _POSITIONS)), device=self.device)
         half = net.shape.head_size // 2
@@ -101,6 +101,7 @@ class FusedDraft(FollowingDraft):
             cos, sin = net.rotary(positions[None])
             self.rotary = tuple(t[0, :, 0, :half].to(target.dtype).contiguous() for t in (cos, sin))
             self.slots = torch.arange(_MOST_ROWS, device=self.device)
+            self.arrived = torch.zeros(_MOST_ROWS, dtype=torch.int32, device=self.device)  # tiles of a row's logits
         self._ready: dict[int, Ready] = {}
 
     def extend(self, features: Tensor, tokens: Tensor, counts: Tensor, slots: Tensor, reach: int) -> None:
@@ -152,8 +153,8 @@ class FusedDraft(FollowingDraft):
         kernels.collect_kernel[(batch * self.rows, len(names))](
             *read, *gammas, path, emitted, counts, owed.features, ready.rows, ready.squares, owed.tokens, owed.counts,
             path.shape[1], read[0].shape[1], emitted.stride(0), self.rows, plan.eps, TAPS=len(names), SIZE=size,
-            BLOCK=triton.next_power_of_2(size), EACH=bool(plan.tap_norms), ALL=plan.fuse_norm is not None,
-            num_warps=4,
+            BLOCK=triton.next_power_of_2(size), EACH=bool(plan.tap_norms), ALL=plan.fuse_norm is not None, PDL=self.pdl,
+            num_warps=4, **launch_options(self.pdl),
         )  # fmt: skip
 
     def draft(self, key: DraftKey, batch: int, draws: Draws | None, *, warm: bool = False) -> tuple[Tensor, Tensor]:
@@ -243,7 +244,7 @@ class _Run:
             kernels.expand_kernel[(rows,)](
                 self.draft.table, y, both, residual, plan.norm_embedding, plan.norm_state, plan.norm, self.tokens,
                 self.values, self.at, above, values, births, positions, entries, bits, tree.born, self.start(depth),
-                count, depth, plan.eps, K=k, WORDS=words, CHOICES=choices, STEP=min(choices, _STEP), FIRST=depth == 1,
+                count, depth, plan.eps, K=k, WORDS=words, CHOICES=choices, STEP=_step(choices, 4), FIRST=depth == 1,
                 OUT_NORMED=plan.feeds_normed and plan.norm is not None, **self.halves, **self.early(),
             )  # fmt: skip
             y, scaled = self.blocks(both, residual, positions, entries, bits, span=depth * k)
@@ -253,10 +254,11 @@ class _Run:
             above = bits
         tokens, parents = self.longs(batch, tree.width), self.longs(batch, tree.width)
         kept_values = self.room(batch, tree.width, dtype=torch.float32)
+        choices, warps = triton.next_power_of_2(tree.born), 4 if tree.born <= 128 else 8
         kernels.keep_kernel[(batch,)](
             self.tokens, self.parents, self.values, self.at, torch.empty_like(self.parents), tokens, parents,
-            kept_values, tree.born, tree.width, BLOCK=triton.next_power_of_2(tree.born), STEP=_STEP,
-            num_warps=4 if tree.born <= 128 else 8, **self.early(),
+            kept_values, tree.born, tree.width, BLOCK=choices, STEP=_step(choices, warps), num_warps=warps,
+            **self.early(),
         )  # fmt: skip
         return tokens, parents, kept_values
 
@@ -336,20 +338,17 @@ class _Run:
         tile = 1024 if vocabulary <= 32768 else 4096
         tiles = triton.cdiv(vocabulary, tile)
         peaks, sums = (self.room(rows, tiles, dtype=torch.float32) for _ in range(2))
-        best, ids = self.room(rows, tiles, k, dtype=torch.float32), self.room(rows, tiles, k, dtype=torch.int32)
+        best = self.longs(rows, tiles, k)
         looked_up = draws.looked_up if draws is not None else None
         u, race = (draws.u, draws.race) if draws is not None else (None, None)
-        common: dict[str, Any] = {"K": k, "BLOCK": tile, "SAMPLED": u is not None, "num_warps": 4, **self.early()}
-        kernels.tiles_kernel[(rows, tiles)](
-            logits, peaks, sums, best, ids, draws.temperature if draws is not None else None, race, looked_up,
-            rows // self.batch, vocabulary, tiles, depth - 1, self.tree.depth, RACED=race is not None, **common,
-        )  # fmt: skip
-        kernels.births_kernel[(rows,)](
-            logits, peaks, sums, best, ids, looked_up, u, plan.offsets, values, births, self.tokens, self.parents,
-            self.values, rows // self.batch, vocabulary, tiles, self.tree.born, self.start(depth), depth - 1,
-            self.tree.depth, draws.coupling if draws is not None else 0.0, WIDTH=triton.next_power_of_2(tiles),
-            CHOICES=triton.next_power_of_2(tiles * k + 1), FIRST=values is None, REDUCED=plan.offsets is not None,
-            **common,
+        kernels.children_kernel[(rows, tiles)](
+            logits, peaks, sums, best, self.draft.arrived, draws.temperature if draws is not None else None, race,
+            looked_up, u, plan.offsets, values, births, self.tokens, self.parents, self.values, rows // self.batch,
+            vocabulary, tiles, self.tree.born, self.start(depth), depth - 1, self.tree.depth,
+            draws.coupling if draws is not None else 0.0, K=k,
+            PLACES=triton.next_power_of_2(k), BLOCK=tile, WIDTH=triton.next_power_of_2(tiles),
+            CHOICES=triton.next_power_of_2(tiles * k + (u is not None)), FIRST=values is None, SAMPLED=u is not None,
+            RACED=race is not None, REDUCED=plan.offsets is not None, num_warps=4, **self.early(),
         )  # fmt: skip
 
     def start(self, depth: int) -> int:
@@ -369,6 +368,11 @@ class _Run:
         """Options of a kernel that may start while the one before it drains; the first of a graph must not."""
         pdl = self.pdl if pdl is None else pdl
         return {"PDL": pdl, **launch_options(pdl)}
+
+
+def _step(values: int, warps: int) -> int:
+    """How many of some values (a power of two) are compared at once with all of them."""
+    return min(values, max(1, warps * _COMPARED // values))
 
 
 def _follow(gamma: Tensor | None) -> Follow | None:

@@ -22,6 +22,8 @@ import triton.language as tl
 
 from outpace.target.fast.launch import enter_kernel
 
+_LEAST: tl.constexpr = tl.constexpr(-0x7F800001 << 32)
+
 
 @triton.jit
 def rms(x, GAMMA, at, real, eps, SIZE: tl.constexpr):
@@ -49,12 +51,14 @@ def collect_kernel(
     TAP0, TAP1, TAP2, TAP3, GAMMA0, GAMMA1, GAMMA2, GAMMA3, PATH, EMITTED, COUNTS, RAW, READY, SQUARES, TOKENS, OWED,
     R, tap_rows, emitted_stride, W, eps,
     TAPS: tl.constexpr, SIZE: tl.constexpr, BLOCK: tl.constexpr, EACH: tl.constexpr, ALL: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """RAW: taps as they are; READY: behind a norm of each tap (EACH), or scaled for a norm over all of them (ALL)."""
     row = tl.program_id(0)
     tap = tl.program_id(1)
     request = row // W
     step = row % W
+    enter_kernel(PDL)
     at = tl.arange(0, BLOCK)
     real = at < SIZE
     source = (request * tap_rows + tl.load(PATH + request * R + step)) * SIZE + at
@@ -201,14 +205,41 @@ def top_kernel(
 
 
 @triton.jit
-def tiles_kernel(
-    LOGITS, PEAKS, SUMS, BEST, IDS, TEMPERATURE, RACE, LOOKED_UP, PER, V, TILES, step, steps,
-    K: tl.constexpr, BLOCK: tl.constexpr, SAMPLED: tl.constexpr, RACED: tl.constexpr, PDL: tl.constexpr,
+def _ranked(value, index):
+    """One number for both: of a larger value, and among equal values of a smaller index, it is larger."""
+    bits = (value + 0.0).to(tl.int32, bitcast=True)  # no -0.0
+    order = bits ^ ((bits >> 31) & 0x7FFFFFFF)
+    return (order.to(tl.int64) << 32) | (0x7FFFFFFF - index).to(tl.int64)
+
+
+@triton.jit
+def _ranked_last(index):
+    """`_ranked` of minus infinity."""
+    return (0x7FFFFFFF - index).to(tl.int64) + _LEAST
+
+
+@triton.jit
+def _value_of(ranked):
+    order = (ranked >> 32).to(tl.int32)
+    return (order ^ ((order >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _index_of(ranked):
+    return 0x7FFFFFFF - (ranked & 0x7FFFFFFF).to(tl.int32)
+
+
+@triton.jit
+def children_kernel(
+    LOGITS, PEAKS, SUMS, BEST, ARRIVED, TEMPERATURE, RACE, LOOKED_UP, U, OFFSETS, VALUES, BIRTHS, BORN_TOKENS,
+    BORN_PARENTS, BORN_VALUES, PER, V, TILES, born, start, step, steps, coupling,
+    K: tl.constexpr, PLACES: tl.constexpr, BLOCK: tl.constexpr, WIDTH: tl.constexpr, CHOICES: tl.constexpr,
+    FIRST: tl.constexpr, SAMPLED: tl.constexpr, RACED: tl.constexpr, REDUCED: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Of one tile of a row: the largest logit, the sum of exp((logit - largest) / temperature), the K best tokens.
 
-    RACED: where Gumbel noise RACE[request, step] decides, logit / temperature + noise stands for the logit, at
-    temperature one.
+    The last tile of a row to come here makes the row's children of them. RACED: where Gumbel noise RACE[request, step]
+    decides, logit / temperature + noise stands for the logit, at temperature one.
     """
     row = tl.program_id(0)
     tile = tl.program_id(1)
@@ -225,40 +256,51 @@ def tiles_kernel(
         if (hot > 0) & (given <= 0):
             place = ((row // PER) * steps + step).to(tl.int64) * V
             logits = logits / hot + tl.load(RACE + place + at, mask=inside, other=0.0)
-    peak = tl.max(logits, 0)
-    weight = (logits - peak) / heat
     spot = row * TILES + tile
+    ranked = _ranked(logits, at)
+    best = tl.max(ranked, 0)
+    peak = _value_of(best)
     tl.store(PEAKS + spot, peak)
-    tl.store(SUMS + spot, tl.sum(tl.where(inside, tl.exp(weight), 0.0), 0))
-    best = peak
+    tl.store(SUMS + spot, tl.sum(tl.where(inside, tl.exp((logits - peak) / heat), 0.0), 0))
+    ranks = tl.arange(0, PLACES)
+    kept = tl.zeros([PLACES], tl.int64)
     for rank in tl.static_range(K):
-        chosen = tl.min(tl.where((logits == best) & inside, at, V), 0)
-        tl.store(BEST + spot * K + rank, best)
-        tl.store(IDS + spot * K + rank, chosen)
+        kept = tl.where(ranks == rank, best, kept)
         if rank + 1 < K:
-            logits = tl.where(at == chosen, float("-inf"), logits)
-            best = tl.max(logits, 0)
+            ranked = tl.where(ranked == best, _ranked_last(_index_of(best)), ranked)
+            best = tl.max(ranked, 0)
+    tl.store(BEST + spot * K + ranks, kept, mask=ranks < K)
+    tl.debug_barrier()
+    if tl.atomic_add(ARRIVED + row, 1, sem="acq_rel", scope="gpu") == TILES - 1:
+        tl.store(ARRIVED + row, 0)
+        _births(
+            LOGITS, PEAKS, SUMS, BEST, LOOKED_UP, U, OFFSETS, VALUES, BIRTHS, BORN_TOKENS, BORN_PARENTS, BORN_VALUES,
+            row, PER, V, TILES, born, start, step, steps, coupling, K, PLACES, BLOCK, WIDTH, CHOICES, FIRST, SAMPLED,
+            REDUCED,
+        )  # fmt: skip
 
 
 @triton.jit
-def births_kernel(
-    LOGITS, PEAKS, SUMS, BEST, IDS, LOOKED_UP, U, OFFSETS, VALUES, BIRTHS, BORN_TOKENS, BORN_PARENTS, BORN_VALUES,
-    PER, V, TILES, born, start, step, steps, coupling,
-    K: tl.constexpr, BLOCK: tl.constexpr, WIDTH: tl.constexpr, CHOICES: tl.constexpr, FIRST: tl.constexpr,
-    SAMPLED: tl.constexpr, REDUCED: tl.constexpr, PDL: tl.constexpr,
+def _births(
+    LOGITS, PEAKS, SUMS, BEST, LOOKED_UP, U, OFFSETS, VALUES, BIRTHS, BORN_TOKENS, BORN_PARENTS, BORN_VALUES,
+    row, PER, V, TILES, born, start, step, steps, coupling,
+    K: tl.constexpr, PLACES: tl.constexpr, BLOCK: tl.constexpr, WIDTH: tl.constexpr, CHOICES: tl.constexpr,
+    FIRST: tl.constexpr, SAMPLED: tl.constexpr, REDUCED: tl.constexpr,
 ):  # fmt: skip
     """The K best children of one row, best first, at births `start + K * (row of the request)` on.
 
     SAMPLED: where a number is looked up, the token that the row's law gives at U[request, step] counts as `coupling`
     more probable; it has a place of its own among the choices, behind those of the tiles.
     """
-    row = tl.program_id(0)
     request = row // PER
-    enter_kernel(PDL)
     tiles = tl.arange(0, WIDTH)
-    there = tiles < TILES
-    peaks = tl.load(PEAKS + row * TILES + tiles, mask=there, other=float("-inf"))
-    sums = tl.load(SUMS + row * TILES + tiles, mask=there, other=0.0)
+    there = tiles < TILES  # what other programs wrote is read past the first cache
+    peaks = tl.load(PEAKS + row * TILES + tiles, mask=there, other=float("-inf"), cache_modifier=".cg")
+    sums = tl.load(SUMS + row * TILES + tiles, mask=there, other=0.0, cache_modifier=".cg")
+    choice = tl.arange(0, CHOICES)
+    listed = choice < TILES * K
+    best = tl.load(BEST + row * TILES * K + choice, mask=listed, other=0, cache_modifier=".cg")
+    ids = tl.where(listed, _index_of(best), V)
     peak = tl.max(peaks, 0)
     heat = 1.0
     if SAMPLED:
@@ -267,11 +309,7 @@ def births_kernel(
     sums = tl.where(there, sums * tl.exp((peaks - peak) / heat), 0.0)
     total = tl.sum(sums, 0)
     mass = tl.log(total)
-    choice = tl.arange(0, CHOICES)
-    listed = choice < TILES * K
-    best = tl.load(BEST + row * TILES * K + choice, mask=listed, other=float("-inf"))
-    ids = tl.load(IDS + row * TILES * K + choice, mask=listed, other=V)
-    score = (best - peak) / heat - mass
+    score = tl.where(listed, (_value_of(best) - peak) / heat - mass, float("-inf"))
     if SAMPLED:
         goal = tl.load(U + request * steps + step) * total
         reached = tl.cumsum(sums, 0)
@@ -291,24 +329,28 @@ def births_kernel(
         extra = choice == tl.where(given > 0, TILES * K, CHOICES)
         score = tl.where(extra, lifted, score)
         ids = tl.where(extra, drawn, ids)
-        listed = listed | extra
     value = 0.0
     parent = -1
     if not FIRST:
         value = tl.load(VALUES + row)
         parent = tl.load(BIRTHS + row)
     spot = request * born + start + (row % PER) * K
+    ranked = _ranked(score, ids)
+    ranks = tl.arange(0, PLACES)
+    kept = tl.zeros([PLACES], tl.int64)
     for rank in tl.static_range(K):
-        highest = tl.max(score, 0)
-        chosen = tl.min(tl.where((score == highest) & listed, ids, V), 0)
-        known = chosen < V
-        token = chosen.to(tl.int64)
-        if REDUCED:
-            token += tl.load(OFFSETS + chosen, mask=known, other=0)
-        tl.store(BORN_TOKENS + spot + rank, tl.where(known, token, -1))
-        tl.store(BORN_VALUES + spot + rank, value + tl.minimum(highest, 0.0))
-        tl.store(BORN_PARENTS + spot + rank, parent)
-        score = tl.where(ids == chosen, float("-inf"), score)
+        first = tl.max(ranked, 0)
+        kept = tl.where(ranks == rank, first, kept)
+        ranked = tl.where(ranked == first, _ranked_last(ids), ranked)
+    real = ranks < K
+    highest, chosen = _value_of(kept), _index_of(kept)
+    known = real & (chosen < V) & (highest == highest)  # not NaN
+    token = chosen.to(tl.int64)
+    if REDUCED:
+        token += tl.load(OFFSETS + chosen, mask=known, other=0)
+    tl.store(BORN_TOKENS + spot + ranks, tl.where(known, token, -1), mask=real)
+    tl.store(BORN_VALUES + spot + ranks, value + tl.minimum(highest, 0.0), mask=real)
+    tl.store(BORN_PARENTS + spot + ranks, tl.zeros([PLACES], tl.int32) + parent, mask=real)
 
 
 @triton.jit

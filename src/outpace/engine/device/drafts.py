@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 
 from outpace.engine.device.kernels import gumbel_of, gumbel_words, path_number
+from outpace.target.fast.launch import dependent_launch, enter_kernel, launch_options
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -59,10 +60,11 @@ def _race_kernel(
 @triton.jit
 def _lay_kernel(
     DRAFT, ABOVE, ROOM, LENGTHS, TOKENS, PARENTS, POSITIONS, BITS, ROWS, N, R, TOTAL, V, DEPTH,
-    BLOCK: tl.constexpr, WORDS: tl.constexpr,
+    BLOCK: tl.constexpr, WORDS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One request's tree, depth first, behind its root: a node's row is 1 + how many nodes come before it."""
     request = tl.program_id(0)
+    enter_kernel(PDL)
     node = tl.arange(0, BLOCK)
     real = node < N
     token = tl.load(DRAFT + request * N + node, mask=real, other=-1)
@@ -147,10 +149,11 @@ def lay(tokens: Tensor, parents: Tensor, depth: int, room: Tensor, vocabulary: i
     batch, count = tokens.shape
     rows = inputs.main
     assert inputs.bits is not None  # rows of a chain have none
+    pdl = dependent_launch(tokens.device)
     places = torch.empty_like(tokens, memory_format=torch.contiguous_format)
     _lay_kernel[(batch,)](
         tokens.contiguous(), parents.contiguous(), room, inputs.lengths, inputs.tokens, inputs.parents,
         inputs.positions, inputs.bits, places, count, rows, inputs.rows, vocabulary, depth,
-        BLOCK=triton.next_power_of_2(rows), WORDS=inputs.bits.shape[1], num_warps=1 if rows <= 32 else 4,
+        BLOCK=triton.next_power_of_2(rows), WORDS=inputs.bits.shape[1], PDL=pdl, num_warps=4, **launch_options(pdl),
     )  # fmt: skip
     return places

@@ -12,16 +12,19 @@ outright. Gumbel noise is added in float32, whose last digits may differ from to
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Final, NamedTuple
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 
 from outpace.engine.device.truncation import Cutter, Truncation, kept, shift_of
+from outpace.target.fast.launch import dependent_launch, enter_kernel, launch_options
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from outpace.target.fast.forward import Inputs
 
 _TILE: Final = 2048
 
@@ -58,6 +61,7 @@ def gumbel_of(word):  # noqa: ANN201  # Triton's language
 def _peaks_kernel(
     LOGITS, PEAKS, IDS, SUMS, TEMPERATURE, KINDS, SEEDS, REQUESTS, POSITIONS, CUTS, LASTS, R, V, TILES,
     BLOCK: tl.constexpr, SAMPLED: tl.constexpr, RACED: tl.constexpr, CUT: tl.constexpr, SHIFT: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """Largest logit of a tile, its lowest id, and (if sampled) the sum of exp((logit - largest) / temperature).
 
@@ -69,6 +73,7 @@ def _peaks_kernel(
     request = row // R
     at = tile * BLOCK + tl.arange(0, BLOCK)
     inside = at < V
+    enter_kernel(PDL)
     logits = tl.load(LOGITS + row.to(tl.int64) * V + at, mask=inside, other=float("-inf")).to(tl.float32)
     if CUT:
         logits = tl.where(kept(logits, at, tl.load(CUTS + row), tl.load(LASTS + row), SHIFT), logits, float("-inf"))
@@ -94,12 +99,17 @@ def _peaks_kernel(
 
 @triton.jit
 def _choose_kernel(
-    LOGITS, PEAKS, IDS, SUMS, TEMPERATURE, KINDS, SEEDS, REQUESTS, POSITIONS, CUTS, LASTS, CHOSEN, R, V, TILES,
-    BLOCK: tl.constexpr, WIDTH: tl.constexpr, SAMPLED: tl.constexpr, RACED: tl.constexpr, CUT: tl.constexpr,
-    SHIFT: tl.constexpr,
+    LOGITS, PEAKS, IDS, SUMS, TEMPERATURE, KINDS, SEEDS, REQUESTS, POSITIONS, CUTS, LASTS, CHOSEN, ARRIVED,
+    TOKENS, PARENTS, ALL_POSITIONS, LENGTHS, EMITTED, PATH, COUNTS, STARTS, ROOM, TURN, RESULTS, R, TOTAL, V, TILES,
+    BLOCK: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, SAMPLED: tl.constexpr, RACED: tl.constexpr,
+    CUT: tl.constexpr, SHIFT: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """The token of the path at one row: arg-max, or the draw with the number of the position behind the row's."""
+    """The token of the path at one row: arg-max, or the draw with the number of the position behind the row's.
+
+    The last program of a request to come here walks its tree.
+    """
     row = tl.program_id(0)
+    enter_kernel(PDL)
     tiles = tl.arange(0, WIDTH)
     there = tiles < TILES
     peaks = tl.load(PEAKS + row * TILES + tiles, mask=there, other=float("-inf"))
@@ -142,50 +152,79 @@ def _choose_kernel(
             chosen = tl.where(total > 0, drawn, -1)
             chosen = tl.where(total < float("inf"), chosen, -1)
     tl.store(CHOSEN + row, chosen)
+    tl.debug_barrier()
+    if tl.atomic_add(ARRIVED + request, 1, sem="acq_rel", scope="gpu") == R - 1:
+        tl.store(ARRIVED + request, 0)
+        _walk(
+            TOKENS, PARENTS, POSITIONS, ALL_POSITIONS, LENGTHS, CHOSEN, EMITTED, PATH, COUNTS, STARTS, ROOM, TURN,
+            RESULTS, request, R, TOTAL, ROWS,
+        )  # fmt: skip
 
 
 @triton.jit
-def _walk_kernel(TOKENS, PARENTS, POSITIONS, CHOSEN, EMITTED, PATH, COUNTS, R, WIDTH, BLOCK: tl.constexpr):
-    """Follow the draft as long as it holds the path's token. EMITTED row: count, tokens, then what the draft was."""
-    request = tl.program_id(0)
-    at = tl.arange(0, BLOCK)
+def _walk(
+    TOKENS, PARENTS, POSITIONS, ALL_POSITIONS, LENGTHS, CHOSEN, EMITTED, PATH, COUNTS, STARTS, ROOM, TURN, RESULTS,
+    request, R, TOTAL, ROWS: tl.constexpr,
+):  # fmt: skip
+    """Follow a request's draft as long as it holds the path's token; the last token is the root of the next round.
+
+    Where there was no law (-1) the round under way runs on some token, and the host will refuse its outcome.
+    """
+    at = tl.arange(0, ROWS)
     inside = at < R
     tokens = tl.load(TOKENS + request * R + at, mask=inside, other=-1)
     parents = tl.load(PARENTS + request * R + at, mask=inside, other=-2)
     positions = tl.load(POSITIONS + request * R + at, mask=inside, other=0)
-    out = EMITTED + request * WIDTH
+    chosen = tl.load(CHOSEN + request * R + at, mask=inside, other=-1, cache_modifier=".cg")  # other programs wrote it
+    said = tl.zeros([ROWS], tl.int64)
+    path = tl.zeros([ROWS], tl.int64)
+    token = tl.sum(tl.where(at == 0, chosen, 0), 0)
     node = 0
     last = 0
     count = 0
     while node >= 0:
         last = node
-        token = tl.load(CHOSEN + request * R + node)
-        tl.store(out + 1 + count, token)
-        tl.store(PATH + request * R + count, node)
+        token = tl.sum(tl.where(at == node, chosen, 0), 0)
+        said = tl.where(at == count, token, said)
+        path = tl.where(at == count, node, path)
         count += 1
-        child = tl.min(tl.where(inside & (parents == node) & (tokens == token), at, BLOCK), 0)
-        node = tl.where(child < BLOCK, child, -1)
-    tl.store(out, count)
-    tl.store(COUNTS + request, count)
+        child = tl.min(tl.where(inside & (parents == node) & (tokens == token), at, ROWS), 0)
+        node = tl.where(child < ROWS, child, -1)
     drafted = parents >= 0
-    tl.store(out + R + 1, tl.sum(drafted.to(tl.int64), 0))
-    tl.store(out + R + 2, tl.max(tl.where(drafted, positions - tl.load(POSITIONS + request * R), 0), 0))
-    tl.store(out + R + 3, tl.max((parents == last).to(tl.int64), 0))
+    root = tl.sum(tl.where(at == 0, positions, 0), 0)
+    nodes = tl.sum(drafted.to(tl.int64), 0)
+    deepest = tl.max(tl.where(drafted, positions - root, 0), 0)
+    went_on = tl.max((parents == last).to(tl.int64), 0)
+    tl.store(PATH + request * R + at, path, mask=inside)
+    tl.store(COUNTS + request, count)
+    place = tl.load(TURN) * (tl.num_programs(0) // R) + request
+    for copy in tl.static_range(2):  # for what follows on the device, and for the host
+        out = EMITTED + request * (R + 4) if copy == 0 else RESULTS + place * (R + 4)
+        tl.store(out, count)
+        tl.store(out + 1 + at, said, mask=inside)
+        tl.store(out + R + 1, nodes)
+        tl.store(out + R + 2, deepest)
+        tl.store(out + R + 3, went_on)
+    length = tl.load(LENGTHS + request)
+    tl.debug_barrier()  # all has been read of this round
+    tl.store(STARTS + request, length)
+    tl.store(LENGTHS + request, length + count)
+    tl.store(ROOM + request, tl.load(ROOM + request) - count)
+    tl.store(TOKENS + request * R, tl.maximum(token, 0))
+    tl.store(ALL_POSITIONS + request * TOTAL, length + count)
 
 
 @triton.jit
-def _advance_kernel(EMITTED, COUNTS, ROOM, TOKENS, POSITIONS, LENGTHS, R, TOTAL, WIDTH):
-    """Make the last emitted token the root of the next round: TOKENS [B, R] column 0, lengths and root positions.
-
-    Where there was no law (-1) the round under way runs on some token, and the host will refuse its outcome.
-    """
-    request = tl.program_id(0)
-    count = tl.load(COUNTS + request)
-    length = tl.load(LENGTHS + request) + count
-    tl.store(LENGTHS + request, length)
-    tl.store(ROOM + request, tl.load(ROOM + request) - count)
-    tl.store(TOKENS + request * R, tl.maximum(tl.load(EMITTED + request * WIDTH + count), 0))
-    tl.store(POSITIONS + request * TOTAL, length)
+def _stamp_kernel(STAMPS, TURN, WHICH: tl.constexpr, TURNS: tl.constexpr, TIMED: tl.constexpr, PDL: tl.constexpr):
+    """The device's clock, once all before is done."""
+    enter_kernel(PDL)
+    turn = tl.load(TURN)
+    now = turn * 0
+    if TIMED:
+        now = tl.extra.cuda.globaltimer()
+    tl.store(STAMPS + turn * 3 + WHICH, now)
+    if WHICH == 2:
+        tl.store(TURN, (turn + 1) % TURNS)
 
 
 class Chance(NamedTuple):
@@ -208,8 +247,45 @@ class Keys(NamedTuple):
     kinds: Tensor
 
 
+class Trail(NamedTuple):
+    """What walks of a shape leave behind.
+
+    Attributes:
+        emitted: [B, R + 4] int64: count; tokens; then nodes drafted, the deepest one's depth, whether the draft went on
+            behind the last accepted one. path: [B, R] int64, accepted rows, the root first. counts: [B] int64.
+        starts: [B] int64, what was committed before. room: [B] int64, how deep the next draft may be.
+        turn: [1] int64, which of the host's places is written. results: [turns, B, R + 4] int64, there: `emitted`.
+        stamps: [turns, 3] int64, there: nanoseconds of the device's clock, behind the draft, the pass and the walk.
+    """
+
+    emitted: Tensor
+    path: Tensor
+    counts: Tensor
+    starts: Tensor
+    room: Tensor
+    turn: Tensor
+    results: Tensor
+    stamps: Tensor
+
+    def copies(self) -> Trail:
+        """Copies on the device, for walks that shall leave nothing."""
+        device = self.emitted.device
+        return Trail(*(t.to(device, copy=True) for t in self))
+
+    def stamp(self, which: int) -> None:
+        """Note when what was launched is done: 0 the draft, 1 the pass, 2 the walk, which ends the round."""
+        pdl = dependent_launch(self.turn.device)
+        _stamp_kernel[(1,)](
+            self.stamps, self.turn, WHICH=which, TURNS=self.stamps.shape[0], TIMED=self.turn.is_cuda, PDL=pdl,
+            num_warps=1, **launch_options(pdl),
+        )  # fmt: skip
+
+
+EMITTED_EXTRA: Final = 4  # numbers of a row of `emitted` besides its tokens
+
+
 class Chooser:
-    """Room for choosing tokens at M rows of a vocabulary, and the choice itself."""
+    """Room for choosing tokens at M rows of a vocabulary; the choice itself, and the walks behind it."""
 
     def __init__(self, rows: int, vocabulary: int, device: torch.device) -> None:
         self.tiles = -(-vocabulary // _TILE)
@@ -218,6 +294,8 @@ class Chooser:
         self.sums = torch.empty(rows, self.tiles, dtype=torch.float64, device=device)
         self.cutter = Cutter(rows, vocabulary, device)
         self.chosen = torch.empty(rows, dtype=torch.int64, device=device)
+        self.arrived = torch.zeros(rows, dtype=torch.int32, device=device)  # rows of a request that have chosen
+        self.pdl = dependent_launch(device)
 
     def __call__(
         self,
@@ -226,60 +304,35 @@ class Chooser:
         truncation: Truncation,
         keys: Keys,
         positions: Tensor,
+        inputs: Inputs,
+        trail: Trail,
         *,
         chance: Chance,
-    ) -> Tensor:
-        """Tokens [B * R] of the path at every row; -1 where the logits give no law.
+    ) -> None:
+        """Choose the path's token at every row, walk every request's tree, and begin the next round where it ended.
+
+        What was chosen stays in `chosen` [B * R]; -1 where the logits give no law.
 
         logits: [B, R, V] contiguous; temperature: [B] float32, 0 for greedy; truncation, keys: of the requests;
-        positions: [B * R] int64 of the rows; chance: what may decide a token of these requests.
+        positions: [B * R] int64 of the main rows; inputs: the rows, whose roots, lengths and root positions move on;
+        trail: written; chance: what may decide a token of these requests.
         """
         batch, rows, vocabulary = logits.shape
-        grid = (batch * rows, self.tiles)
         if chance.truncated:
             self.cutter(logits, temperature, truncation)
         cuts, lasts = self.cutter.cuts, self.cutter.lasts
-        _peaks_kernel[grid](
+        options: dict[str, Any] = {
+            "BLOCK": _TILE, "SAMPLED": chance.uniform, "RACED": chance.gumbel, "CUT": chance.truncated,
+            "SHIFT": shift_of(logits), "PDL": self.pdl, "num_warps": 4, **launch_options(self.pdl),
+        }  # fmt: skip
+        _peaks_kernel[(batch * rows, self.tiles)](
             logits, self.peaks, self.ids, self.sums, temperature, keys.kinds, keys.seeds, keys.requests, positions,
-            cuts, lasts, rows, vocabulary, self.tiles, BLOCK=_TILE, SAMPLED=chance.uniform,
-            RACED=chance.gumbel, CUT=chance.truncated, SHIFT=shift_of(logits), num_warps=4,
+            cuts, lasts, rows, vocabulary, self.tiles, **options,
         )  # fmt: skip
         _choose_kernel[(batch * rows,)](
             logits, self.peaks, self.ids, self.sums, temperature, keys.kinds, keys.seeds, keys.requests, positions,
-            cuts, lasts, self.chosen, rows, vocabulary, self.tiles, BLOCK=_TILE,
-            WIDTH=triton.next_power_of_2(self.tiles), SAMPLED=chance.uniform, RACED=chance.gumbel,
-            CUT=chance.truncated, SHIFT=shift_of(logits), num_warps=4,
+            cuts, lasts, self.chosen, self.arrived, inputs.tokens, inputs.parents, inputs.positions, inputs.lengths,
+            trail.emitted, trail.path, trail.counts, trail.starts, trail.room, trail.turn, trail.results, rows,
+            inputs.rows, vocabulary, self.tiles, WIDTH=triton.next_power_of_2(self.tiles),
+            ROWS=triton.next_power_of_2(rows), **options,
         )  # fmt: skip
-        return self.chosen
-
-
-EMITTED_EXTRA: Final = 4  # numbers of a row of `emitted` besides its tokens
-
-
-def walk(
-    tokens: Tensor, parents: Tensor, positions: Tensor, chosen: Tensor, emitted: Tensor, path: Tensor, counts: Tensor
-) -> None:
-    """Walk every request's tree.
-
-    tokens, parents: [B, R] int64, column 0 the root, parents as rows (-2 for padding and the root); positions, chosen:
-    [B * R] int64.
-    Written: emitted [B, R + 4] (count; tokens; then nodes drafted, the deepest one's depth, whether the draft went on
-    behind the last accepted one), path [B, R] (accepted rows, the root first), counts [B].
-    """
-    batch, rows = tokens.shape
-    _walk_kernel[(batch,)](
-        tokens, parents, positions, chosen, emitted, path, counts, rows, emitted.shape[1],
-        BLOCK=triton.next_power_of_2(rows), num_warps=1,
-    )  # fmt: skip
-
-
-def advance(emitted: Tensor, counts: Tensor, room: Tensor, tokens: Tensor, positions: Tensor, lengths: Tensor) -> None:
-    """Begin the next round where this one ended (see the kernel); for rounds of one row, or before a draft is laid.
-
-    room: [B] int64, how deep the next draft may be, less what was emitted; positions: of all rows, scouts too.
-    """
-    batch, rows = tokens.shape
-    _advance_kernel[(batch,)](
-        emitted, counts, room, tokens, positions, lengths, rows, positions.shape[0] // batch, emitted.shape[1],
-        num_warps=1,
-    )  # fmt: skip

@@ -11,7 +11,7 @@ import torch
 
 from outpace.engine.device.drafts import NO_ROOM
 from outpace.engine.device.history import History
-from outpace.engine.device.kernels import EMITTED_EXTRA, Chance, Chooser, Keys
+from outpace.engine.device.kernels import EMITTED_EXTRA, Chance, Chooser, Keys, Trail
 from outpace.engine.device.truncation import Truncation
 from outpace.errors import OutOfMemoryError
 from outpace.laws import NoiseDice
@@ -30,12 +30,23 @@ AHEAD: Final = 1  # rounds that are under way while the host reads the one befor
 class Flight:
     """A round that has been launched: where its outcome will be, and when. The next pass overwrites the taps.
 
-    marks: before the draft, the pass and the walk, and behind it.
+    stamps: see `Trail`, of this round. drafted: whether it begins with a draft. begin, end: around all of it.
     """
 
     emitted: Tensor
+    stamps: Tensor
     taps: dict[str, Tensor]
-    marks: list[torch.cuda.Event]
+    drafted: bool
+    begin: torch.cuda.Event
+    end: torch.cuda.Event
+
+    def spans(self) -> tuple[float, float, float]:
+        """Milliseconds of the draft, the pass and the walk, once it has ended; launching counts as what comes first."""
+        whole = self.begin.elapsed_time(self.end)
+        drafted, passed, walked = self.stamps.tolist()
+        walk = 1e-6 * (walked - passed)
+        passing = 1e-6 * (passed - drafted) if self.drafted else whole - walk
+        return whole - walk - passing, passing, walk
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,37 +72,44 @@ class Lane:
     """What walks of one shape write to, and the laws of the requests in it.
 
     Attributes:
-        emitted: [B, R + 4] int64, see `kernels.walk`. path: [B, R], counts: [B] int64.
-        temperature: [B] float32. truncation, keys: of the laws and of the noise.
-        room: [B] int64, how deep the next draft may be.
+        trail: what walks leave behind.
+        temperature, looked_up: [B] float32; the latter zero where noise per id decides. truncation, keys: of the laws
+            and of the noise.
     """
 
     def __init__(self, batch: int, rows: int, vocabulary: int, device: torch.device) -> None:
         longs: dict[str, Any] = {"dtype": torch.int64, "device": device}
         self._vocabulary = vocabulary
         self.chooser = Chooser(batch * rows, vocabulary, device)
-        self.emitted = torch.zeros(batch, rows + EMITTED_EXTRA, **longs)
-        self.path = torch.zeros(batch, rows, **longs)
-        self.counts = torch.zeros(batch, **longs)
-        self.temperature = torch.zeros(batch, dtype=torch.float32, device=device)
+        self._heats = torch.zeros(2, batch, dtype=torch.float32, device=device)
+        self.temperature, self.looked_up = self._heats.unbind()
         self.truncation = Truncation.room(batch, device)
-        self._words = torch.zeros(4, batch, **longs)
-        seeds, names, kinds, self.room = self._words.unbind()
+        self._words = torch.zeros(5, batch, **longs)
+        seeds, names, kinds, room, turn = self._words.unbind()
         self.keys = Keys(seeds, names, kinds)
-        self.results = [host_tensor(self.emitted) for _ in range(AHEAD + 2)]
-        self.turn = 0
+        emitted = torch.zeros(batch, rows + EMITTED_EXTRA, **longs)
+        path = torch.zeros(batch, rows, **longs)
+        counts, starts = torch.zeros(2, batch, **longs).unbind()
+        turns = AHEAD + 2
+        results, stamps = host_tensor(emitted.expand(turns, -1, -1)), host_tensor(emitted.new_zeros(turns, 3))
+        self.trail = Trail(emitted, path, counts, starts, room, turn[:1], results, stamps)
+        self._turn = 0
 
     def load(self, requests: Sequence[RequestContext]) -> Chance:
         """Put the requests' laws and limits on the device; returns what decides their tokens."""
-        spare = self.counts.shape[0] - len(requests)
+        batch = self.trail.counts.shape[0]
+        spare = batch - len(requests)
         heats = [r.sampler.settings.temperature for r in requests]
         dice = [d for d in (r.sampler.dice for r in requests) if isinstance(d, NoiseDice)]
         seeds, names = [_signed(d.noise.seed) for d in dice], [_signed(d.request) for d in dice]
         kinds = [int(heat > 0 and d.kind == "gumbel") for d, heat in zip(dice, heats, strict=True)]
         room = [r.depth_limit if r.speculate else NO_ROOM for r in requests]
         pad = [0] * spare
-        self.temperature.copy_(torch.tensor([*heats, *pad], dtype=torch.float32), non_blocking=True)
-        words = [[*seeds, *pad], [*names, *pad], [*kinds, *pad], [*room, *([NO_ROOM] * spare)]]
+        looked_up_at = [0.0 if kind else heat for heat, kind in zip(heats, kinds, strict=True)]
+        both = torch.tensor([[*heats, *pad], [*looked_up_at, *pad]], dtype=torch.float32)
+        self._heats.copy_(both, non_blocking=True)
+        words = [[*seeds, *pad], [*names, *pad], [*kinds, *pad], [*room, *([NO_ROOM] * spare)], [0] * batch]
+        self._turn = 0
         self._words.copy_(torch.tensor(words), non_blocking=True)
         looked_up = any(heat > 0 and not kind for heat, kind in zip(heats, kinds, strict=True))
         truncated = self.truncation.load([r.sampler.settings for r in requests])
@@ -107,25 +125,25 @@ class Lane:
         Raises:
             OutOfMemoryError: if there is no room for it.
         """
-        batch, rows = self.path.shape
+        batch, rows = self.trail.path.shape
         try:
             with torch.inference_mode(False):
-                return History(batch, rows, self._vocabulary, self.path.device)
+                return History(batch, rows, self._vocabulary, self.trail.path.device)
         except torch.OutOfMemoryError as error:
             raise OutOfMemoryError(
                 f"no GPU memory for the scores of {batch} x {rows} rows, which penalties, biases and minimum lengths "
                 f"need: {str(error).splitlines()[0]} Lower max_batch or the draft's length; the engine stays usable"
             ) from error
 
-    def next_result(self) -> Tensor:
-        """Where the host will find what the coming round emits."""
-        result = self.results[self.turn]
-        self.turn = (self.turn + 1) % len(self.results)
-        return result
+    def next_place(self) -> tuple[Tensor, Tensor]:
+        """Where the host will find what the coming round emits, and its stamps."""
+        place = self._turn
+        self._turn = (place + 1) % len(self.trail.results)
+        return self.trail.results[place], self.trail.stamps[place]
 
 
 def host_tensor(like: Tensor) -> Tensor:
-    """Zeros of a device tensor's shape on the host, where copies need not wait."""
+    """Zeros of a device tensor's shape on the host, where copies need not wait and kernels may write."""
     return torch.zeros(like.shape, dtype=like.dtype, pin_memory=like.is_cuda)
 
 

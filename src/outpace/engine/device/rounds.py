@@ -1,23 +1,26 @@
-"""The round of `engine.round` with its pieces captured: draft, pass, choice, walk and commit run on the device.
+"""The round of `engine.round` captured as one graph: draft, pass, choice, walk and commit run on the device.
 
 The host is told once per round what was emitted, and does not even wait for that: the next round starts from tensors on
 the device while the host reads the last one, and what was computed beyond a stop is thrown away.
 
-    [draft graph: read what is owed, grow, lay, place scouts] -> [pass graph]
-        -> [walk graph: choose, walk, commit, advance, collect] -> emitted, one copy to the host
+    [draft: read what is owed, grow, lay, place scouts] -> [pass]
+        -> [choose, walk, advance, emitted to the host's memory, commit, collect]
 
-Without a drafter there is no draft graph. A drafter that drafts on the host uploads a tree instead, and the host waits.
+Without a drafter there is no draft. A drafter that drafts on the host uploads a tree instead, and the host waits.
+Between the parts the device notes its clock, beside what was emitted: events of a graph would be those of the next
+round by the time that the host reads them.
+
 Serves plain decoding and drafters that choose their tokens, with scouts where they draft on the device, under the path
 rule, for all sampling settings but processors of the user's; everything else is played by the readable round, on top of
-the same captured passes.
+captured passes.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from time import perf_counter
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
@@ -25,22 +28,41 @@ import torch
 from outpace.drafters.growth import Draws
 from outpace.engine.device.drafts import WIDEST, lay, numbers_ahead, race_ahead
 from outpace.engine.device.history import History
-from outpace.engine.device.kernels import Chance, advance, walk
+from outpace.engine.device.kernels import Chance
 from outpace.engine.device.lanes import AHEAD, Course, Flight, Lane, fill, host_tensor
 from outpace.engine.round import Outcome, Played, Timing, drafted_trees, record
 from outpace.errors import LawError
 from outpace.laws import NoiseDice, Stopping, Tree, Verdict, Walk
 from outpace.target import Readout
 from outpace.target.fast.entries import keep_entries
-from outpace.target.fast.graphs import Captured, FastPass, padded_batch, padded_rows
+from outpace.target.fast.graphs import Captured, FastPass, PassKey, padded_batch, padded_rows
+from outpace.target.fast.launch import dependent_launch
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from outpace.drafters import Context, Drafter
     from outpace.drafters.device import DeviceDraft, DraftKey
+    from outpace.engine.device.kernels import Trail
     from outpace.target import BlockCache
-    from outpace.target.fast.forward import Inputs
+    from outpace.target.fast.forward import Inputs, Outputs
+
+
+class RoundKey(NamedTuple):
+    """What a captured round holds for: its pass, what decides its tokens, and what drafts in it."""
+
+    passes: PassKey
+    chance: Chance
+    draft: DeviceDraft | None
+    drafts: DraftKey | None
+
+    def outdates(self, other: RoundKey) -> bool:
+        """Whether tensors of the other round's caches are gone, seen from this one."""
+        if other.passes.generation != self.passes.generation:
+            return True
+        if self.drafts is None or other.drafts is None or other.draft is not self.draft:
+            return False
+        return other.drafts.generation != self.drafts.generation
 
 
 class DeviceRounds:
@@ -55,8 +77,7 @@ class DeviceRounds:
         self._layer_ids = layer_ids
         self._lanes: dict[tuple[int, int], Lane] = {}
         self._hosts: dict[int, Tensor] = {}
-        self._walks: WeakKeyDictionary[BlockCache, dict[Any, Captured]] = WeakKeyDictionary()
-        self._drafts: WeakKeyDictionary[DeviceDraft, dict[Any, Captured]] = WeakKeyDictionary()
+        self._graphs: WeakKeyDictionary[BlockCache, dict[RoundKey, Captured]] = WeakKeyDictionary()
         self._flying: deque[Flight] = deque()
         self._course: Course | None = None
         self._chance = Chance(uniform=False, gumbel=False)
@@ -79,7 +100,7 @@ class DeviceRounds:
     def forget(self) -> None:
         """Throw rounds under way aside, and let the host take over: the batch has changed."""
         for flight in self._flying:
-            flight.marks[-1].synchronize()
+            flight.end.synchronize()
         self._flying.clear()
         if self._course is not None and self._course.draft is not None:
             self._course.draft.leave()
@@ -116,9 +137,9 @@ class DeviceRounds:
             raise
         flight = self._flying.popleft()
         before = perf_counter()
-        flight.marks[0].synchronize()  # prompts are read behind the host's back: the round's own time begins here
+        flight.begin.synchronize()  # prompts are read behind the host's back: the round's own time begins here
         prompts_ms = 1e3 * (perf_counter() - before)
-        flight.marks[-1].synchronize()
+        flight.end.synchronize()
         read = flight.emitted.tolist()
         outcomes, verdicts, walks = self._outcomes(read[: len(requests)], trees, stoppings)
         for b, outcome in enumerate(outcomes):
@@ -130,7 +151,7 @@ class DeviceRounds:
             drafter.observe(context, walks, Readout(None, None, taken))
         rounds = record(requests, outcomes, stoppings)
         total_ms = 1e3 * (perf_counter() - started) - prompts_ms
-        spans = [one.elapsed_time(two) for one, two in zip(flight.marks, flight.marks[1:], strict=False)]
+        spans = flight.spans()
         timing.prefill_ms += prompts_ms
         timing.rounds += 1
         timing.draft_ms += drafted_ms + spans[0]
@@ -237,103 +258,105 @@ class DeviceRounds:
     ) -> None:
         """Start one round on the tensors of a shape. All is captured before anything is launched."""
         cache.reserve(slots=inputs.batch, capacity=entries)
-        drafting = None if draft is None else self._draft_graph(draft, inputs, lane)
-        passing = self.fast.graph(
+        graph = self._round_graph(cache, inputs, lane, entries, taps, draft)
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+        begin.record()
+        left = graph()
+        end.record()
+        if draft is not None:
+            draft.launched(len(self._flying))
+        self._flying.append(Flight(*lane.next_place(), left, draft is not None, begin, end))
+
+    def _round_graph(
+        self,
+        cache: BlockCache,
+        inputs: Inputs,
+        lane: Lane,
+        entries: int,
+        taps: frozenset[str],
+        draft: DeviceDraft | None,
+    ) -> Captured:
+        """A round; its result, the taps that the host's drafter will observe, is overwritten by the next replay."""
+        drafts = None if draft is None else draft.reserve(len(self._flying))
+        passes, passing = self.fast.passing(
             inputs, cache, entries=entries, layer_ids=self._layer_ids, taps=taps,
             adapter=None if draft is None else draft.adapter,
         )  # fmt: skip
-        walking = self._walk_graph(cache, inputs, lane, passing.result, draft)
-        marks = [torch.cuda.Event(enable_timing=True) for _ in range(4)]  # type: ignore[no-untyped-call]
-        marks[0].record()
-        if draft is not None and drafting is not None:
-            drafting()
-            draft.launched(len(self._flying))
-        marks[1].record()
-        outputs = passing()
-        marks[2].record()
-        walking()
-        result = lane.next_result()
-        result.copy_(lane.emitted, non_blocking=True)
-        marks[3].record()
-        self._flying.append(Flight(result, outputs.taps, marks))
-
-    def _draft_graph(self, draft: DeviceDraft, inputs: Inputs, lane: Lane) -> Captured:
-        key = draft.reserve(len(self._flying))
-        graphs = self._drafts.setdefault(draft, {})
-        shape = (key, id(inputs), self._chance)
-        if shape not in graphs:
-            for old in [k for k in graphs if k[0].generation != key.generation]:
-                del graphs[old]
-            work = self._draft_work(draft, key, inputs, lane)
-            graphs[shape] = self.fast.capture_work(
-                lambda: work(warm=False),
-                f"drafts of {inputs.batch} x {draft.nodes} nodes behind up to {key.reach} rows",
-                lambda: work(warm=True),
-            )
-        return graphs[shape]
-
-    def _draft_work(self, draft: DeviceDraft, key: DraftKey, inputs: Inputs, lane: Lane) -> Callable[..., None]:
-        chance, vocabulary = self._chance, self.fast.plan.vocabulary
-
-        def work(*, warm: bool) -> None:
-            draws = None
-            if (chance.uniform or chance.gumbel) and draft.coupling is not None:
-                where = inputs.lengths, draft.depth
-                draws = Draws(
-                    lane.temperature,
-                    race_ahead(lane.keys, *where, draft.head) if chance.gumbel else None,
-                    numbers_ahead(lane.keys, *where) if chance.uniform else None,
-                    lane.temperature.masked_fill(lane.keys.kinds > 0, 0.0) if chance.gumbel else lane.temperature,
-                    draft.coupling,
-                )
-            tokens, parents = draft.draft(key, inputs.batch, draws, warm=warm)
-            rows = lay(tokens, parents, draft.depth, lane.room, vocabulary, inputs)
-            if draft.scouts:
-                numbers = numbers_ahead(lane.keys, inputs.lengths, draft.reads) if draft.reads else None
-                draft.place(inputs, rows, lane.temperature, numbers)
-
-        return work
-
-    def _walk_graph(
-        self, cache: BlockCache, inputs: Inputs, lane: Lane, outputs: Any, draft: DeviceDraft | None
-    ) -> Captured:
-        logits: Tensor = outputs.logits
-        graphs = self._walks.setdefault(cache, {})
-        key = (cache.generation, id(inputs), logits.data_ptr(), self._chance, draft)
+        key = RoundKey(passes, self._chance, draft, drafts)
+        graphs = self._graphs.setdefault(cache, {})
         if key not in graphs:
-            for old in [k for k in graphs if k[0] != cache.generation]:
-                del graphs[old]
-            table, like, chance = cache.table(), cache.tensors()[0][0], self._chance
+            for old in [k for k in graphs if key.outdates(k)]:
+                del graphs[old]  # their cache tensors are gone
+            what = f"rounds of {inputs.batch} x {inputs.rows} rows behind up to {passes.reach} entries"
+            if draft is not None and drafts is not None:
+                what += f", with drafts of {draft.nodes} nodes behind up to {drafts.reach} rows"
 
-            history = lane.history if chance.history else None
+            def work(trail: Trail, ahead: Inputs, *, warm: bool) -> dict[str, Tensor]:
+                if draft is not None and drafts is not None:
+                    self._draft(draft, drafts, inputs, lane, warm=warm)
+                    trail.stamp(0)
+                outputs = passing()
+                trail.stamp(1)
+                self._walk(cache, ahead, lane, trail, outputs, draft, warm=warm)
+                trail.stamp(2)
+                return outputs.taps if draft is None else {}
 
-            def work(
-                emitted: Tensor, path: Tensor, counts: Tensor, keep: Tensor, room: Tensor, ahead: Inputs, *, warm: bool
-            ) -> None:
-                scores, positions = logits, ahead.main_positions
-                if history is not None:
-                    scores = history.score(logits, ahead.tokens, ahead.parents, positions)
-                chosen = lane.chooser(scores, lane.temperature, lane.truncation, lane.keys, positions, chance=chance)
-                walk(ahead.tokens, ahead.parents, positions, chosen, emitted, path, counts)
-                if history is not None:
-                    history.count(emitted, history.counts.clone() if warm else history.counts)
-                if inputs.main > 1:
-                    keep_entries(table, like, path, keep, ahead.lengths, ahead.slots)
-                advance(emitted, counts, room, ahead.tokens, ahead.positions, ahead.lengths)
-                if draft is not None:
-                    draft.collect(outputs.taps, path, emitted[:, 1 : 1 + inputs.main], counts, warm=warm)
-
-            def on_copies() -> None:  # on copies, and keeping nothing: running twice would commit twice
+            def on_copies() -> None:  # and keeping nothing: running twice would commit twice
                 spare = type(inputs).empty(inputs.batch, inputs.main, inputs.flat.device, chain=False)
-                emitted, path, counts = lane.emitted.clone(), lane.path.clone(), lane.counts.clone()
-                work(emitted, path, counts, torch.zeros_like(counts), lane.room.clone(), spare, warm=True)
+                work(lane.trail.copies(), spare, warm=True)
 
-            graphs[key] = self.fast.capture_work(
-                lambda: work(lane.emitted, lane.path, lane.counts, lane.counts, lane.room, inputs, warm=False),
-                f"a walk over {inputs.batch} x {inputs.main} rows",
-                on_copies,
-            )
+            graphs[key] = self.fast.capture_work(lambda: work(lane.trail, inputs, warm=False), what, on_copies)
         return graphs[key]
+
+    def _draft(self, draft: DeviceDraft, key: DraftKey, inputs: Inputs, lane: Lane, *, warm: bool) -> None:
+        """Draft, and lay what was drafted into the rows of the pass."""
+        chance, vocabulary = self._chance, self.fast.plan.vocabulary
+        draws = None
+        if (chance.uniform or chance.gumbel) and draft.coupling is not None:
+            where = inputs.lengths, draft.depth
+            draws = Draws(
+                lane.temperature,
+                race_ahead(lane.keys, *where, draft.head) if chance.gumbel else None,
+                numbers_ahead(lane.keys, *where) if chance.uniform else None,
+                lane.looked_up,
+                draft.coupling,
+            )
+        tokens, parents = draft.draft(key, inputs.batch, draws, warm=warm)
+        rows = lay(tokens, parents, draft.depth, lane.trail.room, vocabulary, inputs)
+        if draft.scouts:
+            numbers = numbers_ahead(lane.keys, inputs.lengths, draft.reads) if draft.reads else None
+            draft.place(inputs, rows, lane.temperature, numbers)
+
+    def _walk(
+        self,
+        cache: BlockCache,
+        inputs: Inputs,
+        lane: Lane,
+        trail: Trail,
+        outputs: Outputs,
+        draft: DeviceDraft | None,
+        *,
+        warm: bool,
+    ) -> None:
+        """Choose, walk, commit, and keep what the next draft reads; `warm`: nothing is committed or kept."""
+        scores, positions, chance = outputs.logits, inputs.main_positions, self._chance
+        assert scores is not None
+        if chance.history:
+            scores = lane.history.score(scores, inputs.tokens, inputs.parents, positions)
+        lane.chooser(
+            scores, lane.temperature, lane.truncation, lane.keys, positions, inputs, trail, chance=chance
+        )  # fmt: skip
+        if chance.history:
+            counts = lane.history.counts
+            lane.history.count(trail.emitted, counts.clone() if warm else counts)
+        if inputs.main > 1:
+            counts = torch.zeros_like(trail.counts) if warm else trail.counts
+            keep_entries(
+                cache.table(), cache.tensors()[0][0], trail.path, counts, trail.starts, inputs.slots,
+                pdl=dependent_launch(counts.device),
+            )  # fmt: skip
+        if draft is not None:
+            draft.collect(outputs.taps, trail.path, trail.emitted[:, 1 : 1 + inputs.main], trail.counts, warm=warm)
 
 
 def _device_draft(drafter: Drafter | None) -> DeviceDraft | None:

@@ -14,7 +14,7 @@ from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from time import perf_counter
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
@@ -60,6 +60,24 @@ class Capture:
 
     graphs: int = 0
     seconds: float = 0.0
+
+
+class PassKey(NamedTuple):
+    """What a captured pass holds for.
+
+    Attributes:
+        generation: of the tensors of the cache; graphs of another one are stale. reach: entries of it that can be read.
+        inputs, adapter: their `id`; what they name is kept as long as the graph.
+    """
+
+    generation: int
+    inputs: int
+    reach: int
+    layer_ids: tuple[int, ...]
+    taps: frozenset[str]
+    logits: bool
+    scout_logits: bool
+    adapter: int | None
 
 
 class Captured:
@@ -141,7 +159,7 @@ class FastPass:
                 self._inputs[key] = Inputs.empty(batch, rows, self.plan.device, chain=chain, embeds=embeds)
         return self._inputs[key]
 
-    def graph(
+    def passing(
         self,
         inputs: Inputs,
         cache: BlockCache,
@@ -152,36 +170,39 @@ class FastPass:
         logits: bool = True,
         scout_logits: bool = False,
         adapter: GatedLoRA | None = None,
-    ) -> Captured:
-        """The pass of this shape, captured if it was not; its result, `Outputs`, is overwritten by its next replay.
+    ) -> tuple[PassKey, Callable[[], Outputs]]:
+        """The pass of this shape as a piece of work to capture, and what it holds for.
 
         entries: cache entries in use, the block's rows included.
+        """
+        plan = self.plan
+        cache.prepare(plan.key_heads, plan.head_size, plan.dtype, plan.device)
+        key = PassKey(
+            cache.generation, id(inputs), bucket(entries), layer_ids, frozenset(taps), logits, scout_logits,
+            id(adapter) if adapter is not None else None,
+        )  # fmt: skip
+
+        def work() -> Outputs:
+            return self._forward(
+                inputs, cache.tensors(), splits=splits_for(key.reach), layer_ids=layer_ids, taps=taps, logits=logits,
+                scout_logits=scout_logits, adapter=adapter,
+            )  # fmt: skip
+
+        return key, work
+
+    def graph(self, inputs: Inputs, cache: BlockCache, **how: Any) -> Captured:
+        """`passing`, captured if it was not; its result, `Outputs`, is overwritten by its next replay.
 
         Raises:
             OutOfMemoryError: naming the shape; nothing is lost, smaller shapes still run.
         """
-        plan = self.plan
-        cache.prepare(plan.key_heads, plan.head_size, plan.dtype, plan.device)
-        reach = bucket(entries)
-        splits = splits_for(reach)
+        key, work = self.passing(inputs, cache, **how)
         graphs = self._graphs.setdefault(cache, {})
-        key = (
-            cache.generation, id(inputs), reach, layer_ids, frozenset(taps), logits, scout_logits,
-            id(adapter) if adapter is not None else None,
-        )  # fmt: skip
         found = graphs.get(key)
         if found is None:
-            for old in [k for k in graphs if k[0] != cache.generation]:
+            for old in [k for k in graphs if k.generation != key.generation]:
                 del graphs[old]  # their cache tensors are gone
-            tensors = cache.tensors()
-            what = f"a pass of {inputs.batch} x {inputs.rows} rows behind up to {reach} entries"
-
-            def work() -> Outputs:
-                return self._forward(
-                    inputs, tensors, splits=splits, layer_ids=layer_ids, taps=taps, logits=logits,
-                    scout_logits=scout_logits, adapter=adapter,
-                )  # fmt: skip
-
+            what = f"a pass of {inputs.batch} x {inputs.rows} rows behind up to {key.reach} entries"
             found = graphs[key] = self.capture_work(work, what)
         return found
 

@@ -33,4 +33,4 @@ def launch_options(pdl: bool) -> dict[str, Any]:
 @functools.cache
 def dependent_launch(device: torch.device) -> bool:
     """Whether the device can launch dependent kernels early."""
-    return torch.cuda.get_device_capability(device)[0] >= 9
+    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 9
