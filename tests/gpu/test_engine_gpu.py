@@ -197,6 +197,7 @@ def test_no_room_is_an_error_that_names_the_shape_and_leaves_the_engine_usable(m
 
     target = Target(make_model().cuda(), path="fast")
     engine = Engine(target)
+    assert target.captured is not None  # opened now: what fails is a pass, not its pool
 
     class Full:
         def __init__(self, *_):
