@@ -16,9 +16,10 @@ from outpace.drafters.mtp import MTP, MTPHeads
 from outpace.drafters.ptp import Ptp
 from outpace.engine import engine as engine_module
 from outpace.engine.device import rounds as rounds_module
+from outpace.engine.device.lanes import Flight
 from spies import paths_laid, served_each, submit_all, trees_proposed
 from tiny import DEFAULT_PATHS, PROMPTS
-from uncaptured import uncaptured_target
+from uncaptured import Mark, uncaptured_target
 
 MAKERS = {
     "eagle3": lambda: Eagle3(draft_len=3, branches=2, nodes=6, vocabulary=30, taps=("in:0", "in:1")),
@@ -204,6 +205,16 @@ def test_no_room_for_a_draft_is_an_error_that_names_the_shape_and_leaves_the_eng
             engine.generate(PROMPTS[0], **options)
     wanted = Engine(target, path="readable").generate(PROMPTS[0], **options)
     assert engine.generate(PROMPTS[0], **options)[0].tokens == wanted[0].tokens
+
+
+@pytest.mark.parametrize(("drafted", "wanted"), [(True, (3.0, 4.0, 1.0)), (False, (0.0, 7.0, 1.0))])
+def test_the_parts_of_a_round_add_up_to_it(drafted, wanted):
+    """The device's clock says where parts end; the draft's end is nobody's where there was none."""
+    begin, end = Mark(), Mark()
+    begin.at, end.at = 5.0, 5.008
+    stamps = torch.tensor([1_764_000_000_002_000_000, 1_764_000_000_006_000_000, 1_764_000_000_007_000_000])
+    flight = Flight(torch.zeros(1, 8), stamps, {}, drafted, begin, end)
+    assert flight.spans() == pytest.approx(wanted)
 
 
 def test_trees_too_wide_to_be_laid_are_drafted_on_the_host(monkeypatch):
