@@ -268,11 +268,15 @@ class FastPass:
         placed = [*lengths, *([0] * (many - batch)), *range(block.first, block.first + many)]
         inputs.flat[inputs.offsets[3] : inputs.offsets[5]].copy_(torch.tensor(placed), non_blocking=True)
         self._fill(inputs, block, wide)
-        outputs: Outputs = self.graph(
-            inputs, cache, entries=entries, layer_ids=layer_ids, taps=taps, logits=logits,
-            scout_logits=scouts is not None and scouts.logits,
-            adapter=scouts.adapter if scouts is not None else None,
-        )()  # fmt: skip
+        try:
+            outputs: Outputs = self.graph(
+                inputs, cache, entries=entries, layer_ids=layer_ids, taps=taps, logits=logits,
+                scout_logits=scouts is not None and scouts.logits,
+                adapter=scouts.adapter if scouts is not None else None,
+            )()  # fmt: skip
+        except OutOfMemoryError:
+            cache.drop()
+            raise
 
         def keep(values: Tensor) -> Tensor:
             values = values[:batch]
