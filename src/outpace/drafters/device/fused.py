@@ -42,7 +42,7 @@ _MOST_TAPS: Final = 4
 _MOST_BRANCHES: Final = 16
 _MOST_BORN: Final = 1024
 _POSITIONS: Final = 1 << 17  # most that tables of angles hold
-_COMPARED: Final = 2048  # comparisons of a warp at once, where values are compared with each other
+_STEP: Final = 16  # values compared at once with all others
 
 
 @dataclass(frozen=True, slots=True)
@@ -244,7 +244,7 @@ class _Run:
             kernels.expand_kernel[(rows,)](
                 self.draft.table, y, both, residual, plan.norm_embedding, plan.norm_state, plan.norm, self.tokens,
                 self.values, self.at, above, values, births, positions, entries, bits, tree.born, self.start(depth),
-                count, depth, plan.eps, K=k, WORDS=words, CHOICES=choices, STEP=_step(choices, 4), FIRST=depth == 1,
+                count, depth, plan.eps, K=k, WORDS=words, CHOICES=choices, STEP=min(choices, _STEP), FIRST=depth == 1,
                 OUT_NORMED=plan.feeds_normed and plan.norm is not None, **self.halves, **self.early(),
             )  # fmt: skip
             y, scaled = self.blocks(both, residual, positions, entries, bits, span=depth * k)
@@ -254,11 +254,10 @@ class _Run:
             above = bits
         tokens, parents = self.longs(batch, tree.width), self.longs(batch, tree.width)
         kept_values = self.room(batch, tree.width, dtype=torch.float32)
-        choices, warps = triton.next_power_of_2(tree.born), 4 if tree.born <= 128 else 8
         kernels.keep_kernel[(batch,)](
             self.tokens, self.parents, self.values, self.at, torch.empty_like(self.parents), tokens, parents,
-            kept_values, tree.born, tree.width, BLOCK=choices, STEP=_step(choices, warps), num_warps=warps,
-            **self.early(),
+            kept_values, tree.born, tree.width, BLOCK=triton.next_power_of_2(tree.born), STEP=_STEP,
+            num_warps=4 if tree.born <= 128 else 8, **self.early(),
         )  # fmt: skip
         return tokens, parents, kept_values
 
@@ -368,11 +367,6 @@ class _Run:
         """Options of a kernel that may start while the one before it drains; the first of a graph must not."""
         pdl = self.pdl if pdl is None else pdl
         return {"PDL": pdl, **launch_options(pdl)}
-
-
-def _step(values: int, warps: int) -> int:
-    """How many of some values (a power of two) are compared at once with all of them."""
-    return min(values, max(1, warps * _COMPARED // values))
 
 
 def _follow(gamma: Tensor | None) -> Follow | None:

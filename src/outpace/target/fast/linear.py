@@ -492,6 +492,8 @@ def choose_tile(weight: Tensor, halves: int = 1) -> Tile:
     if size < 16 << 20:
         return Tile(8 if halves == 2 and weight.shape[0] < 2048 else 16, 128, 2 if halves == 2 else 4, 6, True)
     if weight.shape[0] > 16 * weight.shape[1]:  # a head
+        if size < 32 << 20:
+            return Tile(64, 64, 4, 5, False)
         return Tile(32, 128, 4, 4, False) if size < 256 << 20 else Tile(16, 256, 2, 4, False)
     return Tile(16, 256, 4, 4, False) if weight.shape[1] > 8192 else Tile(16, 128, 2, 6, False)
 
