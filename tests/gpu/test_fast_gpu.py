@@ -267,6 +267,29 @@ def test_tree_attention_against_float64(dtype, most, window, size, heads, key_he
     assert worst < most
 
 
+@torch.inference_mode()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("size", "heads", "key_heads", "rows"), [(64, 9, 3, 5), (128, 8, 2, 32)])
+def test_attention_has_the_same_bits_however_far_it_may_read(dtype, size, heads, key_heads, rows):
+    """Pieces lie where they lie, and are added up alike whether the last of them hold anything or not."""
+    from outpace.target.fast.tree_attention import Workspace, splits_for, tree_attention
+
+    generator = torch.Generator("cuda").manual_seed(1)
+    make = lambda *shape: torch.randn(*shape, generator=generator, device="cuda").to(dtype)  # noqa: E731
+    lengths = torch.tensor([1990, 3, 700], device="cuda")
+    query, keys, values = make(3 * rows, heads, size), make(3, key_heads, 2048, size), make(3, key_heads, 2048, size)
+    positions = (lengths[:, None] + torch.arange(rows, device="cuda")).flatten()
+
+    def attend(splits):
+        return tree_attention(
+            query, keys, values, lengths=lengths, slots=torch.arange(3, device="cuda"), positions=positions, bits=None,
+            scaling=size**-0.5, window=None, workspace=Workspace(3 * rows, heads, size, splits, query.device), pdl=True,
+        )  # fmt: skip
+
+    found = [attend(splits_for(reach)) for reach in (2048, 4096, 8192, 32768)]
+    assert all(torch.equal(one, found[0]) for one in found[1:])
+
+
 def test_joining_weights_copies_nothing_twice():
     model = make_model().cuda()
     before = copy.deepcopy(model.state_dict())

@@ -29,7 +29,7 @@ LONG: Final = 512  # keys of each further one
 FIRST: Final = 16  # how many are short
 TILE_ROWS: Final = 64  # rows of one program, of all query heads of a key head
 _KEYS: Final = 64  # keys of one step
-_CHUNK: Final = 16  # pieces added up at once
+_CHUNK: Final = 16  # pieces added up at once, or twice as many
 _LOG2_E: Final = 1.4426950408889634
 _SHORT: tl.constexpr = tl.constexpr(SHORT)
 _LONG: tl.constexpr = tl.constexpr(LONG)
@@ -95,13 +95,16 @@ def _step(
 def _attention_kernel(
     QUERY, KEYS, VALUES, PARTIAL, STATE, LENGTHS, SLOTS, BITS, POSITIONS, R, span, capacity, splits, scale, window,
     HEADS: tl.constexpr, KEY_HEADS: tl.constexpr, SIZE: tl.constexpr, PADDED: tl.constexpr, WORDS: tl.constexpr,
-    BM: tl.constexpr, BK: tl.constexpr, CHAIN: tl.constexpr, WINDOWED: tl.constexpr, PDL: tl.constexpr,
+    BM: tl.constexpr, BK: tl.constexpr, CHAIN: tl.constexpr, WINDOWED: tl.constexpr,
+    LONGS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     groups: tl.constexpr = HEADS // KEY_HEADS
-    request = tl.program_id(0) // KEY_HEADS
-    which = tl.program_id(0) % KEY_HEADS
-    split = tl.program_id(1)
-    packed = tl.program_id(2) * BM + tl.arange(0, BM)  # rows of one key head: (row, head of the group)
+    request = tl.program_id(1) // KEY_HEADS
+    which = tl.program_id(1) % KEY_HEADS
+    split = tl.program_id(2)
+    if LONGS:  # come first, so that none of them is left over at the end
+        split = (split + _FIRST) % splits
+    packed = tl.program_id(0) * BM + tl.arange(0, BM)  # rows of one key head: (row, head of the group)
     row = packed // groups
     inside = row < R
     head = which * groups + packed % groups
@@ -214,15 +217,16 @@ def tree_attention(
     packed = per_request * (heads // key_heads)
     out = torch.empty_like(query)
     options: dict[str, Any] = launch_options(pdl)
-    _attention_kernel[(batch * key_heads, workspace.splits, triton.cdiv(packed, TILE_ROWS))](
+    _attention_kernel[(triton.cdiv(packed, TILE_ROWS), batch * key_heads, workspace.splits)](
         query, keys, values, workspace.partial, workspace.state, lengths, slots, bits, positions, per_request,
         span or per_request, keys.shape[2], workspace.splits, scaling * _LOG2_E, window or 0, HEADS=heads,
         KEY_HEADS=key_heads, SIZE=size, PADDED=padded, WORDS=bits.shape[-1] if bits is not None else 1, BM=TILE_ROWS,
-        BK=_KEYS, CHAIN=bits is None, WINDOWED=window is not None, PDL=pdl, num_warps=4,
-        num_stages=3 if size <= 128 else 2, **options,
+        BK=_KEYS, CHAIN=bits is None, WINDOWED=window is not None, LONGS=workspace.splits > FIRST,
+        PDL=pdl, num_warps=4, num_stages=3 if size <= 128 else 2, **options,
     )  # fmt: skip
+    chunk = _CHUNK if workspace.splits <= _CHUNK else 2 * _CHUNK
     _combine_kernel[(rows * heads,)](
-        workspace.partial, workspace.state, out, workspace.splits, SIZE=size, PADDED=padded, CHUNK=_CHUNK,
-        MORE=workspace.splits > _CHUNK, PDL=pdl, num_warps=2, **options,
+        workspace.partial, workspace.state, out, workspace.splits, SIZE=size, PADDED=padded, CHUNK=chunk,
+        MORE=workspace.splits > chunk, PDL=pdl, num_warps=2, **options,
     )  # fmt: skip
     return out
