@@ -7,7 +7,7 @@ little longer than reading the weight. PyTorch's bfloat16 kernels read once, and
 stands beside it, so they are left alone.
 
 A drafter's weights may be rounded to eight bits besides (`round_weights`): a guess that is a little off costs no token,
-and a quarter of the bytes is read. Never a target's.
+and a quarter of the bytes is read. Never a target's. On a GPU, fused drafts round theirs (`drafters.device.plan`).
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ _MOST_COMPILED: Final = 64
 LEAST: Final = 1 << 16  # numbers of a weight worth rounding
 MOST_EIGHT: Final = 8  # rows whose product is quicker in eight bits
 _MOST_EIGHT_COMPILED: Final = 16
+_AT_ONCE: Final = 4096  # rows of a weight that are rounded at once
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, eight: Eight | None = None) -> Tensor:
@@ -71,9 +72,7 @@ class Eight:
     """
 
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
-        weight = weight.detach().float()
-        self.scales = (weight.abs().amax(1) / 127).clamp_min(1e-12)
-        self.rounded = (weight / self.scales[:, None]).round().to(torch.int8)
+        self.rounded, self.scales = in_eight_bits(weight.detach())
         self.bias = None if bias is None else bias.detach().float()
 
     @property
@@ -101,6 +100,21 @@ class Eight:
         return out.to(x.dtype).view(*x.shape[:-1], -1)
 
 
+def in_eight_bits(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """[N, K] -> numbers of -127..127 [N, K] int8, and scales [N] float32: a row is its numbers times its scale."""
+    scales = (weight.abs().amax(1).float() / 127).clamp_min(1e-12)
+    rounded = torch.empty_like(weight, dtype=torch.int8)
+    for at in range(0, weight.shape[0], _AT_ONCE):
+        some = slice(at, at + _AT_ONCE)
+        rounded[some] = (weight[some].float() / scales[some, None]).round()
+    return rounded, scales
+
+
+def allows_eight() -> bool:
+    """Whether a drafter's weights may be rounded at all."""
+    return os.environ.get("OUTPACE_INT8", "on") != "off"
+
+
 def takes_eight(weight: Tensor) -> bool:
     """Whether products with a weight are quicker in eight bits here: on an x86 CPU, unless switched off.
 
@@ -111,7 +125,7 @@ def takes_eight(weight: Tensor) -> bool:
         and weight.numel() >= LEAST
         and platform.machine().lower() in ("x86_64", "amd64")
         and hasattr(torch, "_weight_int8pack_mm")
-        and os.environ.get("OUTPACE_INT8", "on") != "off"
+        and allows_eight()
         and (
             weight.dtype == torch.float32 or (weight.dtype == torch.bfloat16 and why_not(torch.float32, "rows") is None)
         )

@@ -1,6 +1,6 @@
 """Products of a few rows with large weights, on CUDA: Triton kernels that read every weight once.
 
-Three kernels share one inner loop. A row's result does not depend on how many rows stand beside it: tiles always have
+Three kernels share the inner loops. A row's result does not depend on how many rows stand beside it: tiles always have
 `TILE_ROWS` rows, and a row is multiplied by 16-deep tensor-core steps in rising order of K. Around the product:
 
 - RMS norm in front. What writes the residual stream also writes it times gamma, and each program the squares of its
@@ -8,6 +8,9 @@ Three kernels share one inner loop. A row's result does not depend on how many r
 - Rotary embedding and the cache write, the gated activation, bias and residual behind.
 - Low-rank tails of an adapter (`tails`), added to the scout rows of a tile; a small kernel in front has multiplied by
   the down projections. A row without a tail keeps the sum it has without an adapter.
+
+A drafter's large weights are bytes with a scale per row (`Projection.scales`); a second inner loop reads them. Rows of
+a draft may depend on how many stand beside them, so tiles are as low there as rows allow.
 
 Sums are float32 and rounded once, at the store; the modules of transformers round more often (after the norm, before
 rotary, before the activation), so the two agree up to rounding.
@@ -40,6 +43,7 @@ if TYPE_CHECKING:
 _LOW_DEPTH: Final = 128  # columns of a step of a down projection
 _MOST_PIECES: Final = 16
 TILE_ROWS: Final = 32  # of every program: a row's sums are then laid out alike in every pass
+_FEW_ROWS: Final = 16  # of a program that reads bytes, where no more are there
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,6 +97,36 @@ def _products(
             else:
                 v = tl.load(W + second[:, None] * K + ks[None, :], mask=(ks < K)[None, :], other=0.0)
             two = tl.dot(x, tl.trans(v), two, input_precision="ieee")
+    return one, two
+
+
+@triton.jit
+def _eight_products(
+    X, W, SCALES, rows, inside, first, second, K: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    PAIR: tl.constexpr,
+):  # fmt: skip
+    """`_products` with weights in eight bits: whole numbers, which every dtype of rows holds, and a scale per row.
+
+    Two halves are columns of one product, in turns: of two products, every warp would take, and convert, all columns.
+    """
+    columns = tl.interleave(first, second) if PAIR else first
+    both = tl.zeros([BM, 2 * BN if PAIR else BN], tl.float32)
+    steps: tl.constexpr = (K + BK - 1) // BK
+    even: tl.constexpr = K % BK == 0
+    for step in range(steps):
+        ks = step * BK + tl.arange(0, BK)
+        if even:
+            x = tl.load(X + rows[:, None] * K + ks[None, :], mask=inside[:, None], other=0.0)
+            w = tl.load(W + columns[:, None] * K + ks[None, :])
+        else:
+            x = tl.load(X + rows[:, None] * K + ks[None, :], mask=inside[:, None] & (ks < K)[None, :], other=0.0)
+            w = tl.load(W + columns[:, None] * K + ks[None, :], mask=(ks < K)[None, :], other=0)
+        both = tl.dot(x, tl.trans(w.to(x.dtype)), both, input_precision="ieee")
+    both *= tl.load(SCALES + columns)[None, :]
+    if PAIR:
+        one, two = tl.split(tl.reshape(both, [BM, BN, 2]))
+    else:
+        one, two = both, both
     return one, two
 
 
@@ -158,12 +192,12 @@ def _tailed(
 
 @triton.jit
 def _linear_kernel(
-    X, W, OUT, SQUARES, BIAS, RESIDUAL, GAMMA, SCALED, SQUARES_OUT, LOWS, UP, M, eps, per, start, scouts,
+    X, W, SCALES, OUT, SQUARES, BIAS, RESIDUAL, GAMMA, SCALED, SQUARES_OUT, LOWS, UP, M, eps, per, start, scouts,
     tails, tail_scale, one_end, two_end,
     N: tl.constexpr, K: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PARTS: tl.constexpr,
     HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr, FOLLOWED: tl.constexpr,
     SHIFT: tl.constexpr, RANK: tl.constexpr, LOW: tl.constexpr, PIECES: tl.constexpr, LINES: tl.constexpr,
-    PDL: tl.constexpr,
+    PDL: tl.constexpr, EIGHT: tl.constexpr,
 ):  # fmt: skip
     rows = tl.program_id(0) * BM + tl.arange(0, BM)
     columns = tl.program_id(1) * BN + tl.arange(0, BN)
@@ -173,7 +207,10 @@ def _linear_kernel(
     enter_kernel(PDL)
     if PARTS > 0:
         squares = _squares(SQUARES, rows, inside, PARTS)
-    acc, _ = _products(X, W, rows, inside, weights, weights, K, BM, BN, BK, False)
+    if EIGHT:
+        acc, _ = _eight_products(X, W, SCALES, rows, inside, weights, weights, K, BM, BN, BK, False)
+    else:
+        acc, _ = _products(X, W, rows, inside, weights, weights, K, BM, BN, BK, False)
     scale = 1.0
     if PARTS > 0:
         scale = tl.rsqrt(tl.sum(squares, 1) / K + eps)[:, None]
@@ -213,11 +250,11 @@ def activate(gate, up, GELU: tl.constexpr):  # noqa: ANN201  # Triton's language
 
 @triton.jit
 def _pair(
-    X, W, SQUARES, BIAS, LOWS, UP, rows, inside, first, second, lower, upper, eps, per, start, scouts, tails,
+    X, W, SCALES, SQUARES, BIAS, LOWS, UP, rows, inside, first, second, lower, upper, eps, per, start, scouts, tails,
     tail_scale,
     K: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PARTS: tl.constexpr,
     HAS_BIAS: tl.constexpr, RANK: tl.constexpr, LOW: tl.constexpr, PIECES: tl.constexpr, LINES: tl.constexpr,
-    PDL: tl.constexpr,
+    PDL: tl.constexpr, EIGHT: tl.constexpr,
 ):  # fmt: skip
     """What every paired kernel begins with: norm(X) times weight rows `first` and `second`, with tails and biases."""
     _prefetch(W, first, K, LINES)
@@ -225,7 +262,10 @@ def _pair(
     enter_kernel(PDL)
     if PARTS > 0:
         squares = _squares(SQUARES, rows, inside, PARTS)
-    one, two = _products(X, W, rows, inside, first, second, K, BM, BN, BK, True)
+    if EIGHT:
+        one, two = _eight_products(X, W, SCALES, rows, inside, first, second, K, BM, BN, BK, True)
+    else:
+        one, two = _products(X, W, rows, inside, first, second, K, BM, BN, BK, True)
     scale = 1.0
     if PARTS > 0:
         scale = tl.rsqrt(tl.sum(squares, 1) / K + eps)[:, None]
@@ -248,10 +288,10 @@ def _pair(
 
 @triton.jit
 def _gated_kernel(
-    X, W, OUT, SQUARES, BIAS, LOWS, UP, M, eps, per, start, scouts, tails, tail_scale, one_end, two_end,
+    X, W, SCALES, OUT, SQUARES, BIAS, LOWS, UP, M, eps, per, start, scouts, tails, tail_scale, one_end, two_end,
     N: tl.constexpr, K: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PARTS: tl.constexpr,
     HAS_BIAS: tl.constexpr, GELU: tl.constexpr, RANK: tl.constexpr, LOW: tl.constexpr, PIECES: tl.constexpr,
-    LINES: tl.constexpr, PDL: tl.constexpr,
+    LINES: tl.constexpr, PDL: tl.constexpr, EIGHT: tl.constexpr,
 ):  # fmt: skip
     rows = tl.program_id(0) * BM + tl.arange(0, BM)
     columns = tl.program_id(1) * BN + tl.arange(0, BN)
@@ -261,8 +301,8 @@ def _gated_kernel(
     first = tl.program_id(1) * BN
     lower, upper = _part(first, one_end, two_end), _part(first + N, one_end, two_end)
     gate, up = _pair(
-        X, W, SQUARES, BIAS, LOWS, UP, rows, inside, gates, ups, lower, upper, eps, per, start, scouts, tails,
-        tail_scale, K, BM, BN, BK, PARTS, HAS_BIAS, RANK, LOW, PIECES, LINES, PDL,
+        X, W, SCALES, SQUARES, BIAS, LOWS, UP, rows, inside, gates, ups, lower, upper, eps, per, start, scouts, tails,
+        tail_scale, K, BM, BN, BK, PARTS, HAS_BIAS, RANK, LOW, PIECES, LINES, PDL, EIGHT,
     )  # fmt: skip
     keep = inside[:, None] & (columns < N)[None, :]
     at = rows[:, None].to(tl.int64) * N + columns[None, :]
@@ -271,12 +311,12 @@ def _gated_kernel(
 
 @triton.jit
 def _query_key_value_kernel(
-    X, W, QUERY, KEYS, VALUES, SQUARES, BIAS, LOWS, UP, COS, SIN, POSITIONS, LENGTHS, SLOTS, M, R, capacity, eps,
-    start, scouts, tails, tail_scale, one_end, two_end,
+    X, W, SCALES, QUERY, KEYS, VALUES, SQUARES, BIAS, LOWS, UP, COS, SIN, POSITIONS, LENGTHS, SLOTS, M, R, capacity,
+    eps, start, scouts, tails, tail_scale, one_end, two_end,
     HEADS: tl.constexpr, KEY_HEADS: tl.constexpr, SIZE: tl.constexpr,
     K: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PARTS: tl.constexpr,
     HAS_BIAS: tl.constexpr, RANK: tl.constexpr, LOW: tl.constexpr, PIECES: tl.constexpr, LINES: tl.constexpr,
-    PDL: tl.constexpr,
+    PDL: tl.constexpr, EIGHT: tl.constexpr,
 ):  # fmt: skip
     half: tl.constexpr = SIZE // 2
     parts: tl.constexpr = half // BN
@@ -288,8 +328,8 @@ def _query_key_value_kernel(
     second = first + half
     part = _part(head * SIZE, one_end, two_end)
     one, two = _pair(
-        X, W, SQUARES, BIAS, LOWS, UP, rows, inside, first, second, part, part, eps, R, start, scouts, tails,
-        tail_scale, K, BM, BN, BK, PARTS, HAS_BIAS, RANK, LOW, PIECES, LINES, PDL,
+        X, W, SCALES, SQUARES, BIAS, LOWS, UP, rows, inside, first, second, part, part, eps, R, start, scouts, tails,
+        tail_scale, K, BM, BN, BK, PARTS, HAS_BIAS, RANK, LOW, PIECES, LINES, PDL, EIGHT,
     )  # fmt: skip
     keep = inside[:, None]
     if head < HEADS + KEY_HEADS:
@@ -335,15 +375,18 @@ class Follow:
 
 
 def _common(
-    weight: Tensor, tile: Tile, pdl: bool, halves: int, squares: Tensor | None, tail: _TailArguments
-) -> dict[str, Any]:
+    source: Tensor, projection: Projection, tile: Tile, pdl: bool, halves: int, squares: Tensor | None,
+    tail: _TailArguments,
+) -> dict[str, Any]:  # fmt: skip
+    weight, eight = projection.weight, projection.scales is not None
+    few = eight and source.shape[0] <= _FEW_ROWS
     depth = min(tile.depth, max(16, triton.next_power_of_2(weight.shape[1])))
     lines = triton.cdiv(weight.shape[1] * weight.element_size(), 128)
     pdl = pdl and tile.early
     most = max(1, 512 // (tile.columns * halves))  # lines per weight row: enough to start with, few instructions
     return {
         "K": weight.shape[1],
-        "BM": TILE_ROWS,
+        "BM": _FEW_ROWS if few else TILE_ROWS,
         "BK": depth,
         "PARTS": squares.shape[1] if squares is not None else 0,
         "RANK": tail.rank,
@@ -351,6 +394,7 @@ def _common(
         "PIECES": tail.pieces,
         "LINES": triton.next_power_of_2(min(lines, most)) if pdl else 0,
         "PDL": pdl,
+        "EIGHT": eight,
         **launch_options(pdl),
         "num_warps": tile.warps,
         "num_stages": tile.stages,
@@ -416,11 +460,11 @@ def linear(
     if follow is not None:
         scaled = Scaled(torch.empty_like(out), torch.empty(rows, pieces, dtype=torch.float32, device=out.device))
     _linear_kernel[(triton.cdiv(rows, TILE_ROWS), pieces)](
-        source, weight, out, squares, bias, residual, follow.gamma if follow else None,
+        source, weight, projection.scales, out, squares, bias, residual, follow.gamma if follow else None,
         scaled.rows if scaled else None, scaled.squares if scaled else None, tail.lows, tail.up, rows, eps,
         *tail.numbers, N=count, BN=tile.columns, HAS_BIAS=bias is not None, HAS_RESIDUAL=residual is not None,
         FOLLOWED=follow is not None, SHIFT=follow.shift if follow else 0.0,
-        **_common(weight, tile, pdl, 1, squares, tail),
+        **_common(source, projection, tile, pdl, 1, squares, tail),
     )  # fmt: skip
     return out, scaled
 
@@ -442,8 +486,9 @@ def gated_linear(
     out = source.new_empty(rows, count)
     tail = _tail_arguments(source, tailed, pdl)
     _gated_kernel[(triton.cdiv(rows, TILE_ROWS), triton.cdiv(count, tile.columns))](
-        source, weight, out, squares, bias, tail.lows, tail.up, rows, eps, *tail.numbers, N=count, BN=tile.columns,
-        HAS_BIAS=bias is not None, GELU=gelu, **_common(weight, tile, pdl, 2, squares, tail),
+        source, weight, projection.scales, out, squares, bias, tail.lows, tail.up, rows, eps, *tail.numbers, N=count,
+        BN=tile.columns, HAS_BIAS=bias is not None, GELU=gelu,
+        **_common(source, projection, tile, pdl, 2, squares, tail),
     )  # fmt: skip
     return out
 
@@ -476,10 +521,10 @@ def query_key_value(
     tail = _tail_arguments(source, tailed, pdl)
     assert tailed is None or tailed.per == rows // lengths.shape[0]
     _query_key_value_kernel[(triton.cdiv(rows, TILE_ROWS), (heads + 2 * key_heads) * (size // 2 // columns))](
-        source, weight, query, keys, values, squares, bias, tail.lows, tail.up, rotary[0], rotary[1], positions,
-        lengths, slots, rows, rows // lengths.shape[0], keys.shape[2], eps, *tail.numbers[1:], HEADS=heads,
-        KEY_HEADS=key_heads, SIZE=size, BN=columns, HAS_BIAS=bias is not None,
-        **_common(weight, tile, pdl, 2, squares, tail),
+        source, weight, projection.scales, query, keys, values, squares, bias, tail.lows, tail.up, rotary[0],
+        rotary[1], positions, lengths, slots, rows, rows // lengths.shape[0], keys.shape[2], eps, *tail.numbers[1:],
+        HEADS=heads, KEY_HEADS=key_heads, SIZE=size, BN=columns, HAS_BIAS=bias is not None,
+        **_common(source, projection, tile, pdl, 2, squares, tail),
     )  # fmt: skip
 
 
@@ -489,6 +534,8 @@ def choose_tile(weight: Tensor, halves: int = 1) -> Tile:
     halves: 2 for paired kernels.
     """
     size = weight.numel() * weight.element_size()
+    if weight.dtype == torch.int8:
+        return _choose_eight(weight.shape[0], halves)
     if size < 16 << 20:
         return Tile(8 if halves == 2 and weight.shape[0] < 2048 else 16, 128, 2 if halves == 2 else 4, 6, True)
     if weight.shape[0] > 16 * weight.shape[1]:  # a head
@@ -496,6 +543,13 @@ def choose_tile(weight: Tensor, halves: int = 1) -> Tile:
             return Tile(64, 64, 4, 5, False)
         return Tile(32, 128, 4, 4, False) if size < 256 << 20 else Tile(16, 256, 2, 4, False)
     return Tile(16, 256, 4, 4, False) if weight.shape[1] > 8192 else Tile(16, 128, 2, 6, False)
+
+
+def _choose_eight(width: int, halves: int) -> Tile:
+    """The same for a weight in eight bits [width, K]: half as many bytes wait for as many products."""
+    if halves == 2:
+        return Tile(32, 256, 4, 3, False) if width >= 16384 else Tile(16, 256, 4, 4, False)
+    return Tile(64, 256, 8, 3, False) if width >= 16384 else Tile(32, 256, 4, 4, False)
 
 
 def is_float(dtype: torch.dtype) -> bool:

@@ -32,10 +32,14 @@ Joined = tuple[tuple[str, int], ...]
 
 @dataclass(frozen=True, slots=True)
 class Projection:
-    """A linear layer: weight [N, K], bias [N] or None."""
+    """A linear layer: weight [N, K], bias [N] or None.
+
+    scales: [N] float32, where the weight is int8 and its rows are to be multiplied by them; never of a target's.
+    """
 
     weight: Tensor
     bias: Tensor | None = None
+    scales: Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True)
