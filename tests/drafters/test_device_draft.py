@@ -9,13 +9,18 @@ require_interpreter()
 
 from drafters.learned import fresh
 from outpace.drafters.device import fused
+from outpace.drafters.device import plan as plan_module
 from outpace.drafters.device.contract import DraftKey
 from outpace.drafters.device.following import FollowingDraft
 from outpace.drafters.device.fused import FusedDraft, device_draft
+from outpace.drafters.device.plan import rounded
 from outpace.drafters.eagle import Eagle, Eagle2, Eagle3
 from outpace.drafters.growth import Draws, children
 from outpace.drafters.mtp import MTP, MTPHeads
-from tiny import target
+from outpace.target import Target
+from outpace.target.fast.plan import Projection
+from outpace.target.skinny import in_eight_bits
+from tiny import make_model, target
 from uncaptured import plain_attention
 
 FUSED = {
@@ -49,6 +54,21 @@ def filled(drafter, seed):
     return taps, path, emitted, torch.tensor([2, 0, 1, 0])
 
 
+def eight(projection):
+    """What `rounded_product` makes of large weights, for weights of any size and dtype."""
+    numbers, scales = in_eight_bits(projection.weight)
+    return Projection(numbers, projection.bias, scales)
+
+
+@torch.no_grad()
+def round_in_place(module):
+    """Give a network the numbers that eight bits stand for."""
+    for layer in module.modules():
+        if getattr(layer, "weight", None) is not None and layer.weight.ndim == 2:
+            numbers, scales = in_eight_bits(layer.weight)
+            layer.weight.copy_(numbers * scales[:, None])
+
+
 def drawn(sampled, heats, depth, size, coupling, generator):
     """Draws for requests of these temperatures; "both": numbers for the first, noise for the others."""
     if sampled == "greedy":
@@ -65,13 +85,18 @@ def drawn(sampled, heats, depth, size, coupling, generator):
 
 @torch.inference_mode()
 @pytest.mark.parametrize(
-    ("name", "sampled"),
-    [*((name, kind) for name in ("eagle3", "mtp") for kind in ("greedy", "uniform")), *((n, "gumbel") for n in FUSED)],
-)
-def test_a_fused_draft_is_the_one_growth_makes(name, sampled, monkeypatch):
+    ("name", "sampled", "bits"),
+    [*((name, kind, 32) for name in ("eagle3", "mtp") for kind in ("greedy", "uniform")),
+     *((name, "gumbel", 32) for name in FUSED), ("eagle3", "gumbel", 8), ("mtp", "gumbel", 8)],
+)  # fmt: skip
+def test_a_fused_draft_is_the_one_growth_makes(name, sampled, bits, monkeypatch):
+    if bits == 8:
+        monkeypatch.setattr(plan_module, "rounded_product", eight)
     if name != "eagle3":  # attention's kernels take most of the time here
         monkeypatch.setattr(fused, "tree_attention", plain_attention)
     drafter = fresh(FUSED[name]())
+    if bits == 8:
+        round_in_place(drafter.module)
     generator = torch.Generator().manual_seed(1)
     draws = drawn(sampled, [0.8, 1.2, 0.0, 0.5], drafter.shape.depth, drafter.module.head.size, 0.3, generator)
     found = []
@@ -157,6 +182,42 @@ def test_joining_weights_leaves_the_module_what_it_was():
     assert plan.blocks[0].qkv.weight.data_ptr() == drafter.module.midlayer.self_attn.q_proj.weight.data_ptr()
     assert drafter.module.fused_plan().blocks[0].qkv.weight.data_ptr() == plan.blocks[0].qkv.weight.data_ptr()
     assert target().hidden_size * 2 == plan.blocks[0].qkv.weight.shape[1]
+
+
+@pytest.mark.parametrize("make", [FUSED["eagle3 full"], FUSED["mtp"], FUSED["eagle2"]])
+def test_large_weights_in_bfloat16_are_drafted_in_eight_bits(make, monkeypatch):
+    monkeypatch.setattr(plan_module, "_LEAST", 2048)
+    drafter = make()
+    drafter.initialise(Target(make_model(dtype=torch.bfloat16)))
+    plan = drafter.for_decoding().module.fused_plan()
+    found = rounded(plan)
+
+    def products(plan):
+        named = {name: getattr(plan, name) for name in ("fuse", "join", "head")}
+        for number, block in enumerate(plan.blocks):
+            named |= {(number, name): getattr(block, name) for name in ("qkv", "out", "gate_up", "down")}
+        return {name: product for name, product in named.items() if product is not None}
+
+    before, after = products(plan), products(found)
+    large = {name for name, product in before.items() if product.weight.numel() >= 2048}
+    assert before.keys() == after.keys()
+    assert large
+    assert large != before.keys()
+    for name, product in after.items():
+        if name not in large:
+            assert product is before[name], "small ones keep their bits"
+            continue
+        weight = before[name].weight
+        assert (product.weight.dtype, product.weight.shape) == (torch.int8, weight.shape)
+        assert (product.scales.dtype, product.scales.shape) == (torch.float32, weight.shape[:1])
+        assert product.bias is before[name].bias
+        apart = (product.weight * product.scales[:, None] - weight.float()).abs()
+        assert (apart <= 0.5001 * product.scales[:, None]).all()
+    monkeypatch.setenv("OUTPACE_INT8", "off")
+    assert all(product is before[name] for name, product in products(rounded(plan)).items())
+    monkeypatch.delenv("OUTPACE_INT8")
+    exact = fresh(make()).module.fused_plan()
+    assert all(product.scales is None for product in products(rounded(exact)).values()), "float32 keeps its bits"
 
 
 def test_a_module_that_was_moved_is_planned_anew():

@@ -228,3 +228,55 @@ def test_bf16_chains_have_the_text_of_plain_decoding():
                 [PROMPTS[0] * 9], seed=seed, temperature=temperature, **options
             )
             assert [o.tokens for o in found] == [o.tokens for o in wanted], (seed, temperature)
+
+
+@pytest.mark.parametrize("rows", [1, 8, 17, 40])
+@pytest.mark.parametrize("shape", [(512, 256), (4096, 4096), (1024, 14336), (130, 608)])
+def test_products_in_eight_bits_are_those_of_the_weights_they_stand_for(rows, shape):
+    from outpace.target.fast.linear import Follow, choose_tile, gated_linear, linear
+    from outpace.target.fast.plan import Projection
+    from outpace.target.skinny import in_eight_bits
+
+    generator = torch.Generator("cuda").manual_seed(rows)
+    make = lambda *size: torch.randn(*size, generator=generator, device="cuda").bfloat16()  # noqa: E731
+    width, depth = shape
+    x, weight, residual, gamma = make(rows, depth), make(width, depth) / depth**0.5, make(rows, width), make(width)
+    numbers, scales = in_eight_bits(weight)
+    wanted = x.double() @ (numbers.double() * scales.double()[:, None]).T
+    assert 1e-3 < float((wanted - x.double() @ weight.double().T).norm() / wanted.norm()) < 0.02
+    projection = Projection(numbers, None, scales)
+    tile, follow = choose_tile(numbers), Follow(gamma, 0.0)
+    out, scaled = linear(x, projection, tile=tile, residual=residual, follow=follow, pdl=True)
+    gate, up = wanted.chunk(2, 1)
+    inner = gated_linear(x, projection, tile=choose_tile(numbers, 2), gelu=False, pdl=True)
+    for found, exact in (
+        (out, wanted + residual.double()),
+        (scaled.rows, out.double() * gamma.double()),
+        (scaled.squares.sum(1), out.double().square().sum(1)),
+        (inner, torch.nn.functional.silu(gate) * up),
+    ):
+        assert float((found.double() - exact).norm() / exact.norm()) < 3e-3
+
+
+@pytest.mark.parametrize("branches", [1, 3])
+def test_drafts_in_eight_bits_have_the_text_of_plain_decoding(branches, monkeypatch):
+    from outpace.drafters.device import plan
+
+    changes = {"hidden_size": 256, "head_dim": 64, "intermediate_size": 640, "vocab_size": 512}
+    model = make_model(dtype=torch.bfloat16, sharpness=1.5, max_position_embeddings=2048, **changes).cuda()
+    target = Target(model, path="fast")
+    options = {"max_new_tokens": 60, "ignore_eos": True, "seed": 1}
+    emitted = {}
+    for bits, least in ((16, plan._LEAST), (8, 1)):
+        monkeypatch.setattr(plan, "_LEAST", least)
+        drafter = awake(Eagle3(draft_len=4, branches=branches, nodes=4, vocabulary=256), target).for_decoding()
+        engine = Engine(target, drafter, stand_down=False, check_integrity=True)
+        for temperature in (0.0, 0.8):
+            wanted = Engine(target).generate(PROMPTS[:3], temperature=temperature, **options)
+            found = engine.generate(PROMPTS[:3], temperature=temperature, **options)
+            assert branches > 1 or [o.tokens for o in found] == [o.tokens for o in wanted]
+            emitted[bits, temperature] = sum(len(o.rounds_detail) for o in found)
+        assert drafter.device_draft().drafted.head.weight.dtype == (torch.int8 if bits == 8 else torch.bfloat16)
+        assert drafter.device_draft().plan.head.weight.dtype == torch.bfloat16
+    for temperature in (0.0, 0.8):
+        assert abs(emitted[8, temperature] - emitted[16, temperature]) <= 0.1 * emitted[16, temperature]

@@ -21,6 +21,7 @@ from torch import nn
 
 from outpace.drafters.device import kernels
 from outpace.drafters.device.following import Ear, FollowingDraft, Owed
+from outpace.drafters.device.plan import rounded
 from outpace.drafters.device.reading import kernel_halves, read_rows
 from outpace.drafters.growth import Plan
 from outpace.target.fast.graphs import bucket
@@ -85,12 +86,18 @@ def _unfit(drafter: FollowingDrafter) -> str | None:
 
 
 class FusedDraft(FollowingDraft):
-    """Drafts of a `FollowingDrafter` whose network has a plan."""
+    """Drafts of a `FollowingDrafter` whose network has a plan.
+
+    Attributes:
+        plan: its weights, which prompts are read with. drafted: the same as drafts read them, large ones in eight bits.
+    """
 
     def __init__(self, drafter: FollowingDrafter, plan: RowPlan) -> None:
         super().__init__(drafter)
         assert isinstance(drafter.shape, Plan)
         self.tree, self.plan = drafter.shape, plan
+        with torch.inference_mode(False), torch.no_grad():
+            self.drafted = rounded(plan)
         target, net = drafter.target, drafter.module
         self.device = target.device
         self.pdl = dependent_launch(self.device)
@@ -184,7 +191,7 @@ class _Run:
     def __init__(
         self, draft: FusedDraft, key: DraftKey, batch: int, draws: Draws | None, ear: Ear | None = None
     ) -> None:
-        self.draft, self.plan, self.tree, self.batch, self.draws = draft, draft.plan, draft.tree, batch, draws
+        self.draft, self.plan, self.tree, self.batch, self.draws = draft, draft.drafted, draft.tree, batch, draws
         self.cache, self.net, self.ear = draft.drafter.cache, draft.drafter.module, ear
         self.top = self.cache.top[:batch]  # what the root's children are drafted from
         shape, device = self.net.shape, draft.device

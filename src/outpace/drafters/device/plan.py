@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Final, Literal
+
+import torch
 
 from outpace.target.fast.plan import Projection, join_parameters
+from outpace.target.skinny import allows_eight, in_eight_bits
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 Residual = Literal["joined", "state", "normed_state"]
+_LEAST: Final = 16 << 20  # numbers of a weight worth rounding: of smaller ones, launches are what costs
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,3 +71,32 @@ def plan_block(block: Any, norm_attention: Tensor | None) -> BlockPlan:
         gate_up=Projection(join_parameters([mlp.gate_proj.weight, mlp.up_proj.weight])),
         down=Projection(mlp.down_proj.weight.detach()),
     )
+
+
+def rounded(plan: RowPlan) -> RowPlan:
+    """The same network with its large weights in eight bits; what the plan was made of keeps its bits."""
+    return replace(
+        plan,
+        fuse=None if plan.fuse is None else rounded_product(plan.fuse),
+        join=None if plan.join is None else rounded_product(plan.join),
+        head=rounded_product(plan.head),
+        blocks=tuple(
+            replace(
+                block,
+                qkv=rounded_product(block.qkv),
+                out=rounded_product(block.out),
+                gate_up=rounded_product(block.gate_up),
+                down=rounded_product(block.down),
+            )
+            for block in plan.blocks
+        ),
+    )
+
+
+def rounded_product(projection: Projection) -> Projection:
+    """A product in eight bits, a scale per output, if its weight is large, bfloat16, and `OUTPACE_INT8` is not off."""
+    weight = projection.weight
+    if weight.dtype != torch.bfloat16 or weight.numel() < _LEAST or not allows_eight():
+        return projection
+    numbers, scales = in_eight_bits(weight)
+    return Projection(numbers, projection.bias, scales)

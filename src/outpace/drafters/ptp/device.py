@@ -17,6 +17,7 @@ import torch
 
 from outpace.drafters.device import DeviceDraft, DraftKey
 from outpace.drafters.device.fused import FusedDraft
+from outpace.drafters.device.plan import rounded_product
 from outpace.drafters.ptp.calibration import GREEDY_NUMBER
 from outpace.drafters.ptp.placing import Placed, hear_group, normed_halves, place_slots
 from outpace.target.fast.linear import Follow, Scaled, choose_tile, gated_linear, linear
@@ -80,8 +81,8 @@ class _FusedJoin:
     def __init__(self, join: SlotJoin, *, pdl: bool) -> None:
         self.join, self.eps, self.pdl = join, join.row_norm.eps, pdl
         layer: Any = join  # whose layers have parameters
-        self.gate_up = Projection(join_parameters([layer.gate_proj.weight, layer.up_proj.weight]))
-        self.down = Projection(layer.down_proj.weight.detach())
+        self.gate_up = rounded_product(Projection(join_parameters([layer.gate_proj.weight, layer.up_proj.weight])))
+        self.down = rounded_product(Projection(layer.down_proj.weight.detach()))
 
     def __call__(self, heard: _Heard, y: Tensor, depth: int, gamma: Tensor | None) -> tuple[Tensor, Scaled | None]:
         follow = None if gamma is None else Follow(gamma, 0.0)
