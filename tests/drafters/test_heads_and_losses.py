@@ -7,7 +7,7 @@ from safetensors.torch import load_file, save_file
 from drafters.learned import fresh
 from outpace.drafters.eagle import Eagle3
 from outpace.drafters.heads import DraftHead, check_ids, choose_ids, special_ids
-from outpace.drafters.losses import LOSSES, Teacher, check_loss, head_loss, row_losses
+from outpace.drafters.losses import LOSSES, Teacher, check_loss, head_loss, log_norms, race_noise, row_losses
 from outpace.errors import CheckpointError, ConfigError
 from tiny import EOS, VOCABULARY, target
 
@@ -81,6 +81,8 @@ def test_every_loss_is_its_formula(kind):
     overlap = torch.minimum(p, q).sum(-1)
     kl = (p * (p / q).log()).sum(-1)
     part = torch.exp(-3 * overlap)
+    noise = race_noise(*p.shape, p.device)
+    winner = (p.log() + noise[:, :-1]).argmax(-1)  # nothing lies outside
     want = {
         "soft": -(p * q.log()).sum(-1),
         "hard": -q.gather(1, label[:, None])[:, 0].log(),
@@ -89,8 +91,67 @@ def test_every_loss_is_its_formula(kind):
         "total_variation": 0.5 * (p - q).abs().sum(-1),
         "overlap": -overlap.log(),
         "hybrid": part * kl + (1 - part) * (1 - overlap),
+        "race": (logits + noise[:, :-1]).logsumexp(-1) - (logits + noise[:, :-1]).gather(1, winner[:, None])[:, 0],
     }[kind]
-    torch.testing.assert_close(row_losses(kind, logits, p, label).double(), want, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(row_losses(kind, logits, p, label, noise).double(), want, atol=1e-5, rtol=1e-5)
+
+
+def race(q, p, rows):
+    """Mean loss of races between law q [Vd] and the target's p [Vd] (what is left of one lies outside)."""
+    torch.manual_seed(0)
+    noise = race_noise(rows, len(p), p.device)
+    found = row_losses("race", q.log().expand(rows, -1), p.expand(rows, -1), torch.zeros(rows), noise)
+    return found, noise
+
+
+def test_a_race_between_two_tokens_costs_what_an_integral_says():
+    """Noise of two ids enters by its difference, a logistic number x; the first wins where x > log(p2 / p1)."""
+    p, q = torch.tensor([0.7, 0.3]), torch.tensor([0.4, 0.6])
+    x = torch.linspace(-40, 40, 400_001, dtype=torch.float64)
+    density = torch.sigmoid(x) * torch.sigmoid(-x)
+    ahead = (q[0] / q[1]).log() + x
+    cost = torch.where(
+        x > (p[1] / p[0]).log(), torch.nn.functional.softplus(-ahead), torch.nn.functional.softplus(ahead)
+    )
+    want = torch.trapezoid(density * cost, x)
+    found, _ = race(q, p, 200_000)
+    torch.testing.assert_close(found.mean().double(), want, atol=5e-3, rtol=0)
+
+
+def test_races_prefer_the_targets_law_to_one_with_mass_elsewhere():
+    p = torch.softmax(torch.randn(8, generator=torch.Generator().manual_seed(3)), -1)
+    right = float(race(p, p, 50_000)[0].mean())
+    for moved in (p.roll(1), 0.5 * p + 0.5 * p.flip(0), 0.7 * p + 0.3 / 8):
+        assert float(race(moved, p, 50_000)[0].mean()) > right + 0.02
+
+
+def test_where_a_token_outside_wins_a_race_nothing_is_learned():
+    p = torch.tensor([0.3, 0.2, 0.1])
+    logits = torch.zeros(40_000, 3, requires_grad=True)
+    torch.manual_seed(0)
+    noise = race_noise(40_000, 3, p.device)
+    loss = row_losses("race", logits, p.expand(40_000, -1), torch.zeros(40_000), noise)
+    (slope,) = torch.autograd.grad(loss.sum(), logits)
+    outside = (torch.tensor([0.3, 0.2, 0.1, 0.4]).log() + noise).argmax(-1) == 3
+    assert abs(float(outside.double().mean()) - 0.4) < 0.01
+    assert bool((loss[outside] == 0).all())
+    assert bool((slope[outside] == 0).all())
+    assert bool((loss[~outside] > 0).all())
+
+
+@pytest.mark.parametrize("kind", ["overlap", "race"])
+@pytest.mark.parametrize("size", [0, 20])
+def test_norms_kept_for_several_depths_are_those_made_when_asked_for(kind, size):
+    torch.manual_seed(0)
+    head = DraftHead(target(), size, "target")
+    states, rows = torch.randn(30, 32), torch.tensor([3, 4, 8, 9, 20])
+    kept = log_norms(kind, states, head, rows)
+    assert (kept is None) == (kind == "overlap" and size == 0)
+    assert log_norms("soft", states, head, rows) is None
+    if kept is not None:
+        part = slice(1, 4)
+        made = Teacher(states, rows).log_norm(head, part)
+        torch.testing.assert_close(Teacher(states, rows, kept).log_norm(head, part), made)
 
 
 def test_soft_and_kl_have_the_same_gradient_and_a_label_outside_costs_nothing():
@@ -110,6 +171,9 @@ def test_chunks_equal_the_whole_with_gradients(kind, head_kind, size):
     states = torch.randn(30, 32) / 20
     hidden = (torch.randn(23, 32) / 20).requires_grad_()
     rows, label = torch.randint(0, 30, (23,)), torch.randint(0, VOCABULARY, (23,))
+    torch.manual_seed(1)
+    noise = torch.cat([race_noise(len(part), head.size, label.device) for part in rows.split(5)])
+    torch.manual_seed(1)
     total, hits = head_loss(kind, hidden, head, label, Teacher(states, rows), chunk=5)
     leaves = [hidden, *head.parameters()]
     ours = torch.autograd.grad(2 * total, leaves)
@@ -118,7 +182,7 @@ def test_chunks_equal_the_whole_with_gradients(kind, head_kind, size):
     if kind in ("soft", "kl", "reverse_kl"):
         p = p / p.sum(-1, keepdim=True)
     logits = head(hidden)
-    want = row_losses(kind, logits, p, head.to_draft(label)).sum()
+    want = row_losses(kind, logits, p, head.to_draft(label), noise).sum()
     torch.testing.assert_close(total, want, atol=1e-4, rtol=1e-5)
     for a, b in zip(ours, torch.autograd.grad(2 * want, leaves), strict=True):
         torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)

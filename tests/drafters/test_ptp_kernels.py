@@ -1,5 +1,7 @@
 """The kernels that read laws off logits in Triton's interpreter, against the tensors they stand for."""
 
+import math
+
 import pytest
 import torch
 
@@ -8,7 +10,7 @@ from interpreted import require_interpreter
 require_interpreter()
 
 from outpace.drafters.losses import row_losses
-from outpace.drafters.losses_fused import hard_rows, soft_rows
+from outpace.drafters.losses_fused import hard_rows, race_rows, soft_rows
 from outpace.drafters.ptp import MODES, Ptp
 from outpace.drafters.ptp.laws_fused import draw_rows, token_edges
 from outpace.drafters.ptp.rows import draw_scored, safety
@@ -86,6 +88,45 @@ def test_losses_and_gradients_are_those_of_the_definition(kind, temperature):
     torch.testing.assert_close(gradient, slope, atol=1e-6, rtol=1e-4)
     assert torch.equal(best, chances.indices)
     torch.testing.assert_close(top, chances.values, atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize(("size", "covered"), [(4500, 0.6), (37, 1.0)])
+def test_a_race_is_the_definitions_with_the_noise_its_gradient_tells(size, covered):
+    """Where a token of the vocabulary wins, softmax(logits + noise) is the gradient, one more at the winner."""
+    taught, _ = rows_of(1.0, torch.float32, size=size, rows=40)
+    logits = taught + 0.5 * torch.randn(40, size, generator=torch.Generator().manual_seed(9))
+    norms = taught.logsumexp(-1) - math.log(covered)
+    gradient = logits.clone()
+    loss, best, top = race_rows(gradient, taught, norms, seed=5)
+    chances = torch.softmax(logits, -1).max(-1)
+    assert torch.equal(best, chances.indices)
+    torch.testing.assert_close(top, chances.values, atol=1e-6, rtol=1e-5)
+    alive = loss > 0
+    assert abs(float(alive.double().mean()) - covered) < 0.2
+    assert bool((gradient[~alive] == 0).all())
+    assert not loss[~alive].any()
+    winner = gradient.argmin(-1)
+    race = gradient.scatter_add(1, winner[:, None], torch.ones(len(winner), 1))
+    torch.testing.assert_close(race[alive].sum(-1), torch.ones(int(alive.sum())), atol=1e-4, rtol=0)
+    torch.testing.assert_close(loss[alive], -race[alive, winner[alive]].log(), atol=1e-3, rtol=1e-3)
+    noise = race.double().clamp_min(1e-300).log() - logits  # but for a constant of each row
+    told = race > 1e-25
+    raced = torch.where(told, taught + noise, -math.inf)[alive]
+    ahead = raced.gather(1, winner[alive, None])[:, 0]
+    assert bool((ahead >= raced.amax(-1) - 1e-2).all()), "the target's race with the same noise has the same winner"
+    pairs = torch.where(told[:, ::2][:, : size // 2] & told[:, 1::2], noise[:, ::2][:, : size // 2] - noise[:, 1::2], 0)
+    spread = pairs[alive][told[alive][:, ::2][:, : size // 2] & told[alive][:, 1::2]].std()
+    assert abs(float(spread) - math.pi / math.sqrt(3)) < 0.1, "differences of Gumbel numbers are logistic"
+
+
+def test_other_seeds_and_other_rows_have_other_noise():
+    logits = torch.zeros(2, 64)
+    found = []
+    for seed in (1, 2):
+        gradient = logits.clone()
+        race_rows(gradient, logits, logits.logsumexp(-1) + 0, seed=seed)
+        found += list(gradient)
+    assert all(not torch.equal(a, b) for i, a in enumerate(found) for b in found[:i])
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from outpace import Engine
 from outpace.drafters.eagle import Eagle3
 from outpace.drafters.heads import DraftHead
 from outpace.drafters.layers import compile_halves
-from outpace.drafters.losses import Teacher, head_loss, row_losses
+from outpace.drafters.losses import Teacher, head_loss, race_noise, row_losses
 from outpace.drafters.medusa import Medusa
 from outpace.drafters.mtp import MTP, MTPHeads
 from outpace.drafters.unroll import dense_attention, unrolled_attention
@@ -81,6 +81,30 @@ def test_the_fused_loss_equals_the_definition(kind, size, head_kind, target):
         scale = float(b.abs().max())
         torch.testing.assert_close(a.float() / scale, b.float() / scale, atol=2e-2, rtol=5e-2)
     assert torch.equal(hits, logits.argmax(-1) == head.to_draft(label))
+
+
+@pytest.mark.parametrize("size", [0, 3000])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_fused_race_equals_the_definition_in_the_mean(size, dtype, target):
+    """Both draw noise of their own: 40 000 races of the same two laws, losses and gradients."""
+    torch.manual_seed(0)
+    head = DraftHead(target, size, "target").cuda()
+    states = (torch.randn(1, 32, device="cuda") / 2).to(torch.bfloat16)
+    hidden = (states + torch.randn(1, 32, device="cuda") / 8).to(dtype).expand(40_000, -1).requires_grad_()
+    rows = torch.zeros(40_000, dtype=torch.int64, device="cuda")
+    total, _ = head_loss("race", hidden, head, rows, Teacher(states, rows))
+    (ours,) = torch.autograd.grad(total, hidden)
+    teacher = Teacher(states, rows)
+    logits, p = head(hidden.detach()[:4000]).float().requires_grad_(), teacher.law("race", head, slice(0, 4000))
+    losses = torch.cat([
+        row_losses("race", logits, p, rows[:4000], race_noise(4000, head.size, rows.device)) for _ in range(10)
+    ])  # fmt: skip
+    (slope,) = torch.autograd.grad(losses.sum(), logits)
+    want = slope.sum(0) / 40_000 @ head.weight.float()
+    spread = float(losses.std()) / 200
+    assert abs(float(total) / 40_000 - float(losses.mean())) < 6 * spread
+    scale = float(ours.float().std(0).max()) / 200
+    assert float((ours.float().mean(0) - want).abs().max()) < 6 * scale
 
 
 def test_taps_of_packed_documents_are_those_of_each_alone(target):

@@ -44,7 +44,7 @@ def train(
     row_length: Annotated[int | None, typer.Option(help="Tokens of a packed row.")] = None,
     rows: Annotated[int | None, typer.Option(help="Rows of a batch on one device; the rest is accumulated.")] = None,
     loss: Annotated[
-        str | None, typer.Option(help="soft, hard, kl, reverse_kl, total_variation, overlap or hybrid.")
+        str | None, typer.Option(help="soft, hard, kl, reverse_kl, total_variation, overlap, hybrid or race.")
     ] = None,
     depths: Annotated[int | None, typer.Option(help="Tokens ahead that are trained.")] = None,
     decay: Annotated[float | None, typer.Option(help="Weight of depth k is decay^k.")] = None,

@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from outpace.target import GatedLoRA, Target
     from outpace.target.widen import Widening
 
-LossKind = Literal["soft", "hard", "kl", "reverse_kl", "total_variation", "overlap", "hybrid"]
+LossKind = Literal["soft", "hard", "kl", "reverse_kl", "total_variation", "overlap", "hybrid", "race"]
 Schedule = Literal["cosine", "linear", "constant"]
 
 

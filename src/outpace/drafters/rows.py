@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from outpace.drafters.learning import Batch, Losses, Recipe
-from outpace.drafters.losses import Teacher, head_loss
+from outpace.drafters.losses import Teacher, head_loss, log_norms
 from outpace.drafters.unroll import Unrolled
 
 if TYPE_CHECKING:
@@ -103,6 +103,7 @@ def unrolled_losses(
     features = torch.cat([batch.taps[name] for name in net.taps], -1)
     if recipe.noise:
         features = features + recipe.noise * (2 * torch.rand_like(features) - 1)
+    norms = log_norms(recipe.loss, states, net.head, batch.slots_before(1))
     z = net.fuse(features)
     unrolled = Unrolled(batch, dense=dense)
     sums, slots, hits = [], [], []
@@ -116,7 +117,7 @@ def unrolled_losses(
         where = batch.slots_before(step + 2)
         rows = y.flatten(0, 1).index_select(0, where)
         loss, hit = head_loss(
-            recipe.loss, net.readout(rows), net.head, flat[where + 2 + step], Teacher(states, where + 1 + step)
+            recipe.loss, net.readout(rows), net.head, flat[where + 2 + step], Teacher(states, where + 1 + step, norms)
         )
         if net.regression:
             wanted = states.index_select(0, where + 1 + step).to(rows.dtype)
