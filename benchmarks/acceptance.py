@@ -123,6 +123,7 @@ def main() -> None:
                 "emitted_per_round": whole.emitted_per_round, "accept_given_reached": whole.accept_given_reached,
                 "accepted_per_drafted": whole.accepted_per_drafted, "rounds": whole.rounds, "emitted": whole.emitted,
                 "per_task": {task: total(stats).emitted_per_round for task, stats in by_task.items()},
+                "per_question": [(output.stats.emitted, output.stats.rounds) for output in outputs],
                 "same_text": sum(
                     a.tokens == b.tokens for a, b in zip(outputs, plain[temperature, noise], strict=True)
                 ),
@@ -130,7 +131,8 @@ def main() -> None:
             if passes:
                 row["rows_per_round"] = 1 + sum(passes) / len(passes)
             rows.append(row)
-            print(json.dumps({k: round(v, 3) if isinstance(v, float) else v for k, v in row.items()}), flush=True)
+            shown = {k: round(v, 3) if isinstance(v, float) else v for k, v in row.items() if k != "per_question"}
+            print(json.dumps(shown), flush=True)
             options.out.parent.mkdir(parents=True, exist_ok=True)
             options.out.write_text(json.dumps({"about": about, "rows": rows}, indent=1) + "\n")
 
