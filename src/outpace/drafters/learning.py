@@ -349,6 +349,9 @@ class LearnedDrafter(Drafter):
     def begin_with(self, source: str | os.PathLike[str]) -> None:
         """Go on from weights that were trained before, instead of from initial ones; after `initialise`.
 
+        The draft vocabulary may be another one where no weight has its size (rows of the target's head say what is
+        drafted): this drafter keeps its own.
+
         source: folder of a checkpoint, or the name of a drafter that ships for the target.
 
         Raises:
@@ -365,7 +368,11 @@ class LearnedDrafter(Drafter):
         if found is None:
             raise CheckpointError(f"{str(folder)!r} holds drafter {name!r}, which {self.name!r} cannot begin with")
         part, options = found
+        _, tensors = load_checkpoint(folder, name, self.target)
         odd = {k: v for k, v in options.items() if k in config["options"] and config["options"][k] != v}
+        if "vocabulary" in odd and (moved := _other_vocabulary(tensors, part.state_dict())) is not None:
+            del odd["vocabulary"]
+            tensors = moved
         if odd:
             theirs = ", ".join(f"{k}={config['options'][k]}" for k in odd)
             ours = ", ".join(f"{k}={v}" for k, v in odd.items())
@@ -373,7 +380,6 @@ class LearnedDrafter(Drafter):
                 f"{str(folder)!r} was trained with {theirs}, and this {self.name!r} has {ours}; begin with weights of "
                 "the same options, or give these where this drafter has them"
             )
-        _, tensors = load_checkpoint(folder, name, self.target)
         try:
             part.load_state_dict(tensors)
         except RuntimeError as error:
@@ -587,6 +593,19 @@ class LearnedDrafter(Drafter):
             raise CheckpointError(f"not saved: tensors {bad} of drafter {self.name!r} hold numbers that are not finite")
         tensors = {name: value.to(dtype) if value.is_floating_point() else value for name, value in state.items()}
         save_checkpoint(folder, self.name, self.options(), tensors, target or self.target, provenance=self.provenance)
+
+
+def _other_vocabulary(theirs: Mapping[str, Tensor], ours: Mapping[str, Tensor]) -> dict[str, Tensor] | None:
+    """Their weights with our draft vocabulary, or None if a weight has its size."""
+    (weights, _), (own, ids) = (_split(tensors) for tensors in (theirs, ours))
+    fits = weights.keys() == own.keys() and all(weights[name].shape == own[name].shape for name in own)
+    return {**weights, **ids} if fits else None
+
+
+def _split(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Weights, and offsets of draft vocabularies (`heads.DraftHead`)."""
+    ids = {name: value for name, value in tensors.items() if name.rpartition(".")[2] == "d2t"}
+    return {name: value for name, value in tensors.items() if name not in ids}, ids
 
 
 def _plain(value: Any) -> Any:
