@@ -14,7 +14,7 @@ import torch
 
 from outpace.drafters.rowcache import bucket
 from outpace.target.native.build import load, why_not
-from outpace.target.native.structs import MOST_GROUP, Choice, Level, RowBlock, RowNetwork, Weight
+from outpace.target.native.structs import MOST_GROUP, Choice, Level, RowBlock, RowNetwork, Weight, place
 from outpace.target.skinny import LEAST, Eight, takes_eight
 
 if TYPE_CHECKING:
@@ -135,8 +135,8 @@ class CompiledRows:
             capacity=cache.capacity,
             longest=width,
             at=at.data_ptr(),
-            slots=_place(slots),
-            sees=_place(seen),
+            slots=place(slots),
+            sees=place(seen),
             cos=cos.data_ptr(),
             sin=sin.data_ptr(),
             keys=ctypes.addressof(keys),
@@ -171,9 +171,8 @@ class CompiledRows:
             heat = draws.temperature.float().contiguous()
             choice.heat = heat.data_ptr()
             if draws.race is not None:
-                noise = draws.race[:, depth - 1].contiguous()
-                races = _places(list(noise.unbind()))
-                choice.race = ctypes.addressof(races)
+                race = draws.race.contiguous()
+                choice.race, choice.stride = race[0, depth - 1].data_ptr(), race.stride(0)
         choice.space = self._room(self._library.outpace_best_space(self._net, choice))
         self._library.outpace_best(self._net, choice)
         return values, ids
@@ -210,10 +209,6 @@ class CompiledRows:
             return self._keep(Eight(weight, bias)).weight  # type: ignore[no-any-return]
         width, depth = weight.shape
         return Weight(numbers=self._numbers(weight), bias=self._numbers(bias), width=width, depth=depth)
-
-
-def _place(tensor: Tensor | None) -> int | None:
-    return None if tensor is None else tensor.data_ptr()
 
 
 def _places(tensors: list[Tensor]) -> ctypes.Array[ctypes.c_void_p]:

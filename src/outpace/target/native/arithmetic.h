@@ -105,6 +105,9 @@ INLINE int64_t share_of(int64_t n, int64_t threads) {
     return some < 64 ? some : 64;
 }
 
+/* The next of several buffers in one space of bytes; needs `space`, and `at`, what is taken of it. */
+#define LAY(to, type, count) to = (type *)(space + at), at += ((int64_t)(count) * sizeof(type) + 63) / 64 * 64
+
 /* ---- numbers: what weights, keys and values are stored in; inputs: what enters a product ------------------------- */
 
 #if HALF
@@ -322,6 +325,19 @@ INLINE vec activated(vec gate, vec up, int64_t gelu) {
 }
 
 /* ---- attention -------------------------------------------------------------------------------------------------------- */
+
+#define MOST_GROUP 64 /* query heads that share a key head */
+#define BLOCK 4       /* rows of a request that attend together */
+#define KEYS 48       /* keys whose values stay in the first cache while all queries read them; a multiple of GROUP */
+
+/* Rotate a head of a query or key by the angles of its position. */
+INLINE void rotate(float *x, int64_t half, const float *cos, const float *sin) {
+    for (int64_t i = 0; i < half; i++) {
+        float one = x[i], two = x[i + half];
+        x[i] = one * cos[i] - two * sin[i];
+        x[i + half] = two * cos[i] + one * sin[i];
+    }
+}
 
 #if LANES == 16
 #define TOGETHER 4 /* queries that read a value together */

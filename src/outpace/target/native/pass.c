@@ -13,9 +13,6 @@
 #include "arithmetic.h"
 
 #define MOST_ROWS 512 /* of a pass, all requests together */
-#define MOST_GROUP 64 /* query heads that share a key head */
-#define BLOCK 4       /* rows of a request that attend together */
-#define KEYS 48       /* keys whose values stay in the first cache while all queries read them; a multiple of GROUP */
 
 /* ---- what Python hands over (mirrored in `native/structs.py`) ------------------------------------------------------- */
 
@@ -90,19 +87,16 @@ static int64_t widest_of(const struct model *m) {
 
 static int64_t lay_out(const struct model *m, const struct run *run, struct buffers *b) {
     int64_t rows = run->batch * run->rows, at = 0, joined = (m->heads + 2 * m->key_heads) * m->size;
-#define PIECE(name, type, count)                          \
-    b->name = (type *)(run->space + at);                  \
-    at += ((int64_t)(count) * sizeof(type) + 63) / 64 * 64
-    PIECE(normed, input, rows * m->hidden);
-    PIECE(attended, input, rows * m->heads * m->size);
-    PIECE(inner, input, rows * m->inner);
-    PIECE(last, input, rows * m->hidden);
-    PIECE(low, input, 3 * rows * run->ranks);
-    PIECE(packed, input, MATRIX ? PACKED_SIZE(rows, widest_of(m)) : 0);
-    PIECE(joined, float, rows * joined);
-    PIECE(added, float, rows * m->hidden);
-    PIECE(scores, float, run->threads * room_of(m, run));
-#undef PIECE
+    char *space = run->space;
+    LAY(b->normed, input, rows * m->hidden);
+    LAY(b->attended, input, rows * m->heads * m->size);
+    LAY(b->inner, input, rows * m->inner);
+    LAY(b->last, input, rows * m->hidden);
+    LAY(b->low, input, 3 * rows * run->ranks);
+    LAY(b->packed, input, MATRIX ? PACKED_SIZE(rows, widest_of(m)) : 0);
+    LAY(b->joined, float, rows * joined);
+    LAY(b->added, float, rows * m->hidden);
+    LAY(b->scores, float, run->threads * room_of(m, run));
     return at;
 }
 
@@ -353,14 +347,7 @@ static void turn(const struct model *m, const struct run *run, const struct laye
                 float inverse = inverse_rms(from, count, m->eps);
                 for (int64_t i = 0; i < count; i++) from[i] = scaled(m, from[i], inverse, gamma[i]);
             }
-        for (int64_t h = 0; h < turned; h++) {
-            float *x = row + h * size;
-            for (int64_t i = 0; i < half; i++) {
-                float one = x[i], two = x[i + half];
-                x[i] = one * cos[i] - two * sin[i];
-                x[i + half] = two * cos[i] + one * sin[i];
-            }
-        }
+        for (int64_t h = 0; h < turned; h++) rotate(row + h * size, half, cos, sin);
         for (int64_t h = 0; h < m->key_heads; h++) {
             int64_t at = (((run->first + request) * m->key_heads + h) * run->capacity + entry) * size;
             hand_out(row + (m->heads + h) * size, size, keys + at);

@@ -16,7 +16,7 @@ from outpace.errors import UnsupportedError
 from outpace.target.block import Block, Readout
 from outpace.target.masks import block_visibility
 from outpace.target.native.build import load
-from outpace.target.native.structs import MOST_GROUP, MOST_PARTS, MOST_ROWS, Layer, Model, Product, Run
+from outpace.target.native.structs import MOST_GROUP, MOST_PARTS, MOST_ROWS, Layer, Model, Product, Run, place
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -104,8 +104,8 @@ class NativePass:
             "layer": [ctypes.addressof(layers[i]) for i in layer_ids],
             "keys": [entries[i][0].data_ptr() for i in layer_ids],
             "values": [entries[i][1].data_ptr() for i in layer_ids],
-            "before": [_pointer(found.get(f"in:{i}")) for i in layer_ids],
-            "behind": [_pointer(found.get(f"out:{i}")) for i in layer_ids],
+            "before": [place(found.get(f"in:{i}")) for i in layer_ids],
+            "behind": [place(found.get(f"out:{i}")) for i in layer_ids],
         }
         arrays = {name: (ctypes.c_void_p * len(layer_ids))(*values) for name, values in tables.items()}
         run = Run(
@@ -119,11 +119,11 @@ class NativePass:
             longest=max(cache.lengths[block.first : block.first + batch]) + rows,
             lengths=lengths.data_ptr(),
             positions=positions.data_ptr(),
-            sees=_pointer(seen),
+            sees=place(seen),
             hidden=stream.data_ptr(),
-            pre_norm=_pointer(found.get("pre_norm")),
-            post_norm=_pointer(found.get("post_norm")),
-            logits=_pointer(out) if out.shape[1] else None,
+            pre_norm=place(found.get("pre_norm")),
+            post_norm=place(found.get("post_norm")),
+            logits=place(out) if out.shape[1] else None,
             head_from=span[0],
             head_to=span[0] + out.shape[1],
             ranks=0 if adapter is None else adapter.rank,
@@ -187,7 +187,3 @@ class NativePass:
                     down, up, part.scale = adapter.tail(str(module))
                     part.down, part.up, part.rank = down.data_ptr(), up.data_ptr(), adapter.rank
         return layer
-
-
-def _pointer(value: Tensor | None) -> int | None:
-    return None if value is None else value.data_ptr()

@@ -6,10 +6,7 @@
 
 #include "arithmetic.h"
 
-#define SEATED 4  /* rows of a request that attend together */
-#define KEYS 48   /* entries whose values stay in the first cache while all queries read them; a multiple of GROUP */
 #define PIECE 2048 /* tokens of a vocabulary whose best a thread looks for at a time; a multiple of LANES */
-#define MOST_GROUP 64 /* query heads that share a key head */
 
 /* ---- products with weights in eight bits, a scale per weight row ------------------------------------------------------ */
 
@@ -116,7 +113,7 @@ struct block {
 
 struct net {
     int64_t hidden, inner, heads, key_heads, size, layers, taps;
-    int64_t embedding_first, residual, feeds_normed; /* residual: of the first block, see RESIDUALS */
+    int64_t embedding_first, residual, feeds_normed; /* residual: of the first block, see `residuals` */
     float eps, scaling;
     const float *const *tap_norms;                   /* one a tap, or none */
     const float *fuse_norm, *norm_embedding, *norm_state, *norm;
@@ -145,10 +142,10 @@ struct level {
 };
 
 struct choice {
-    int64_t threads, rows, each, count; /* each: rows of a request; count: tokens wanted of a row */
+    int64_t threads, rows, each, count, stride; /* each: rows of a request; count: tokens wanted of a row */
     const float *y;                     /* [rows, hidden]: outputs of the network */
     const float *heat;                  /* [requests]: temperatures, none: one for all */
-    const float *const *race;           /* [requests]: noise added to a request's logits [vocabulary], none: no noise */
+    const float *race;                  /* noise added to a request's logits [vocabulary], `stride` apart, or none */
     float *values;                      /* [rows, count]: log probabilities */
     int64_t *ids;                       /* [rows, count]: target ids */
     char *space;
@@ -162,26 +159,23 @@ static int64_t span_of(const struct level *v) { return (v->longest + LANES - 1) 
 
 /* Floats a thread needs while it attends: for each query its scores, the sum of values, and itself. */
 static int64_t room_of(const struct net *n, const struct level *v) {
-    return SEATED * (n->heads / n->key_heads) * (span_of(v) + 2 * n->size);
+    return BLOCK * (n->heads / n->key_heads) * (span_of(v) + 2 * n->size);
 }
 
 static int64_t lay_out(const struct net *n, const struct level *v, struct room *b) {
     int64_t rows = v->batch * v->rows, at = 0;
-#define TAKE(name, count)            \
-    b->name = (float *)(v->space + at); \
-    at += ((int64_t)(count) * 4 + 63) / 64 * 64
-    TAKE(both, rows * 2 * n->hidden);
-    TAKE(state, rows * n->hidden);
-    TAKE(residual, rows * n->hidden);
-    TAKE(normed, rows * n->hidden);
-    TAKE(joined, rows * (n->heads + 2 * n->key_heads) * n->size);
-    TAKE(attended, rows * n->heads * n->size);
-    TAKE(added, rows * n->hidden);
-    TAKE(gates, rows * 2 * n->inner);
-    TAKE(inner, rows * n->inner);
-    TAKE(wide, v->features ? rows * n->taps * n->hidden : 0);
-    TAKE(scores, v->threads * room_of(n, v));
-#undef TAKE
+    char *space = v->space;
+    LAY(b->both, float, rows * 2 * n->hidden);
+    LAY(b->state, float, rows * n->hidden);
+    LAY(b->residual, float, rows * n->hidden);
+    LAY(b->normed, float, rows * n->hidden);
+    LAY(b->joined, float, rows * (n->heads + 2 * n->key_heads) * n->size);
+    LAY(b->attended, float, rows * n->heads * n->size);
+    LAY(b->added, float, rows * n->hidden);
+    LAY(b->gates, float, rows * 2 * n->inner);
+    LAY(b->inner, float, rows * n->inner);
+    LAY(b->wide, float, v->features ? rows * n->taps * n->hidden : 0);
+    LAY(b->scores, float, v->threads * room_of(n, v));
     return at;
 }
 
@@ -245,14 +239,7 @@ static void turn(const struct net *n, const struct level *v, const struct room *
         int64_t position = v->at[request] + (v->chain ? own : v->ahead), entry = v->at[request] + v->offset + own;
         const float *cos = v->cos + position * half, *sin = v->sin + position * half;
         float *row = b->joined + r * (turned + n->key_heads) * size;
-        for (int64_t head = 0; head < turned; head++) {
-            float *x = row + head * size;
-            for (int64_t i = 0; i < half; i++) {
-                float one = x[i], two = x[i + half];
-                x[i] = one * cos[i] - two * sin[i];
-                x[i + half] = two * cos[i] + one * sin[i];
-            }
-        }
+        for (int64_t head = 0; head < turned; head++) rotate(row + head * size, half, cos, sin);
         for (int64_t head = 0; head < n->key_heads; head++) {
             int64_t to = ((slot * n->key_heads + head) * v->capacity + entry) * size;
             memcpy(keys + to, row + (n->heads + head) * size, size * sizeof(float));
@@ -268,14 +255,14 @@ static void attend_rows(const struct net *n, const struct level *v, const struct
     int64_t groups = n->heads / n->key_heads, size = n->size, span = span_of(v), kept = v->at[request];
     int64_t width = (n->heads + 2 * n->key_heads) * size, queries = (to - from) * groups;
     int64_t known = kept + (v->chain ? to : v->scratch), slot = v->slots ? v->slots[request] : request;
-    float *sums = scores + queries * span, *query = sums + queries * size, inverse[SEATED * MOST_GROUP];
+    float *sums = scores + queries * span, *query = sums + queries * size, inverse[BLOCK * MOST_GROUP];
     keys += (slot * n->key_heads + head) * v->capacity * size;
     values += (slot * n->key_heads + head) * v->capacity * size;
     for (int64_t i = 0; i < to - from; i++)
         memcpy(query + i * groups * size, b->joined + (request * v->rows + from + i) * width + head * groups * size,
                groups * size * sizeof(float));
     for (int64_t j = 0; j < known; j += GROUP) {
-        float out[SEATED * MOST_GROUP * GROUP];
+        float out[BLOCK * MOST_GROUP * GROUP];
         int64_t count = known - j < GROUP ? known - j : GROUP;
         group(query, keys + j * size, queries, size, count, out, GROUP, 0);
         for (int64_t q = 0; q < queries; q++)
@@ -298,9 +285,9 @@ static void attend_rows(const struct net *n, const struct level *v, const struct
 }
 
 static void attend(const struct net *n, const struct level *v, const struct room *b, const float *keys, const float *values) {
-    int64_t blocks = (v->rows + SEATED - 1) / SEATED, room = room_of(n, v);
+    int64_t blocks = (v->rows + BLOCK - 1) / BLOCK, room = room_of(n, v);
     SHARED(i, v->batch * n->key_heads * blocks, 1) {
-        int64_t from = i % blocks * SEATED, to = from + SEATED < v->rows ? from + SEATED : v->rows;
+        int64_t from = i % blocks * BLOCK, to = from + BLOCK < v->rows ? from + BLOCK : v->rows;
         int64_t head = i / blocks % n->key_heads, request = i / blocks / n->key_heads;
         attend_rows(n, v, b, keys, values, request, head, from, to, b->scores + here.me * room);
     }
@@ -365,16 +352,13 @@ static int64_t pieces_of(const struct net *n) { return (n->head.width + PIECE - 
 
 static int64_t lay_choice(const struct net *n, const struct choice *c, struct found *f) {
     int64_t pieces = c->rows * pieces_of(n), at = 0;
-#define TAKE(name, type, count)          \
-    f->name = (type *)(c->space + at); \
-    at += ((int64_t)(count) * 4 + 63) / 64 * 64
-    TAKE(normed, float, c->rows * n->hidden);
-    TAKE(logits, float, c->rows * n->head.width);
-    TAKE(peaks, float, pieces);
-    TAKE(sums, float, pieces);
-    TAKE(best, float, pieces * c->count);
-    TAKE(at, int32_t, pieces * c->count);
-#undef TAKE
+    char *space = c->space;
+    LAY(f->normed, float, c->rows * n->hidden);
+    LAY(f->logits, float, c->rows * n->head.width);
+    LAY(f->peaks, float, pieces);
+    LAY(f->sums, float, pieces);
+    LAY(f->best, float, pieces * c->count);
+    LAY(f->at, int32_t, pieces * c->count);
     return at;
 }
 
@@ -406,7 +390,7 @@ static void look_through(const struct net *n, const struct choice *c, const stru
     int64_t from = piece * PIECE, width = n->head.width, count = width - from < PIECE ? width - from : PIECE;
     int64_t request = row / c->each, spot = row * pieces_of(n) + piece, i = 0;
     float *x = f->logits + row * width + from, heat = c->heat && c->heat[request] > 0 ? 1.0f / c->heat[request] : 1.0f;
-    const float *race = c->race && c->race[request] ? c->race[request] + from : NULL;
+    const float *race = c->race ? c->race + request * c->stride + from : NULL;
     vec sum = {0};
     for (int64_t j = 0; j < count; j++) x[j] = x[j] * heat + (race ? race[j] : 0.0f);
     f->peaks[spot] = f->best[spot * c->count] = largest(x, count, f->at + spot * c->count);

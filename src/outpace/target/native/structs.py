@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import ctypes
-from typing import Any, ClassVar, Final, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Final, Literal
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 _Pointer, _Count, _Real = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
 Source = Literal["pass", "rows"]
@@ -132,9 +135,14 @@ class Choice(ctypes.Structure):
     """Rows whose best next tokens are asked for."""
 
     _fields_: ClassVar[Any] = [
-        *((name, _Count) for name in ("threads", "rows", "each", "count")),
+        *((name, _Count) for name in ("threads", "rows", "each", "count", "stride")),
         *((name, _Pointer) for name in ("y", "heat", "race", "values", "ids", "space")),
     ]
+
+
+def place(tensor: Tensor | None) -> int | None:
+    """Where a tensor's numbers are; None for none."""
+    return None if tensor is None else tensor.data_ptr()
 
 
 def declare(library: ctypes.CDLL, source: Source) -> ctypes.CDLL:
