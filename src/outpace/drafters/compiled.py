@@ -180,10 +180,7 @@ class CompiledRows:
     def _turned(self, positions: int) -> tuple[Tensor, Tensor]:
         """Cosines and sines of at least so many positions, [P, head size / 2] each."""
         if self._angles[0].shape[0] < positions:
-            with torch.no_grad():
-                cos, sin = self._rotary(torch.arange(2 * bucket(positions))[None])
-            half = cos.shape[-1] // 2
-            self._angles = (cos[0, :, 0, :half].contiguous(), sin[0, :, 0, :half].contiguous())
+            self._angles = self._rotary.table(2 * bucket(positions))
         return self._angles
 
     def _room(self, size: int) -> int:

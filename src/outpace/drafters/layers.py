@@ -87,6 +87,12 @@ class Rotary(nn.Module):
         angles = torch.cat([angles, angles], -1)[:, :, None]
         return angles.cos(), angles.sin()
 
+    def table(self, positions: int) -> tuple[Tensor, Tensor]:
+        """(cos, sin) of the first positions, [positions, head size / 2] float32 each; halves of a head share them."""
+        frequencies = self._frequencies[0]
+        angles = torch.arange(positions, device=frequencies.device)[:, None].float() * frequencies
+        return angles.cos(), angles.sin()
+
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotate queries or keys [B, R, heads, D] by angles [B, R, 1, D]."""

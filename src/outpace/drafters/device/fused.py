@@ -102,11 +102,10 @@ class FusedDraft(FollowingDraft):
         self.device = target.device
         self.pdl = dependent_launch(self.device)
         self.table = target.model.get_input_embeddings().weight.detach()
-        positions = torch.arange(bucket(min(target.context, _POSITIONS)), device=self.device)
-        half = net.shape.head_size // 2
+        positions = bucket(min(target.context, _POSITIONS))
         with torch.inference_mode(False), torch.no_grad():
-            cos, sin = net.rotary(positions[None])
-            self.rotary = tuple(t[0, :, 0, :half].to(target.dtype).contiguous() for t in (cos, sin))
+            cos, sin = net.rotary.table(positions)
+            self.rotary = cos.to(target.dtype), sin.to(target.dtype)
             self.slots = torch.arange(_MOST_ROWS, device=self.device)
             self.arrived = torch.zeros(_MOST_ROWS, dtype=torch.int32, device=self.device)  # tiles of a row's logits
         self._ready: dict[int, Ready] = {}
