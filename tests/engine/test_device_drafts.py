@@ -9,7 +9,7 @@ from interpreted import require_interpreter
 
 require_interpreter()
 
-from outpace.engine.device.drafts import NO_ROOM, lay, numbers_ahead, race_ahead
+from outpace.engine.device.drafts import NO_ROOM, lay, noise_ahead, numbers_ahead
 from outpace.engine.device.kernels import Keys
 from outpace.engine.device.lanes import fill
 from outpace.laws import Noise, Tree
@@ -28,20 +28,25 @@ def test_numbers_ahead_are_the_paths():
 
 
 @torch.inference_mode()
-@pytest.mark.parametrize("reduced", [False, True])
-def test_races_ahead_are_the_paths(reduced):
+@pytest.mark.parametrize("size", [1500, 1900, 2050])
+def test_noise_ahead_is_the_paths_and_its_draft_ids_are_picked_out(size):
+    """Of a reduced vocabulary, of one that a widened model's head leaves, and of all ids."""
+    vocabulary, known = 2050, 1900 if size < 2050 else 2050
     seeds, requests = [3, 2**63 + 5, 1, 2], [7, 2**40 + 1, 0, 0]
-    names = torch.tensor(requests)
-    keys = Keys(torch.tensor([3, 2**63 + 5 - 2**64, 1, 2]), names, torch.tensor([1, 1, 0, 0]))
-    ids = torch.arange(1500) + torch.arange(1500) // 7 if reduced else torch.arange(1500)
-    offsets = ids - torch.arange(1500)
-    head = SimpleNamespace(size=1500, offsets=offsets if reduced else None, reduced=reduced)
-    found = race_ahead(keys, torch.tensor([11, 4000, 5, 5]), 3, head)
+    keys = Keys(torch.tensor([3, 2**63 + 5 - 2**64, 1, 2]), torch.tensor(requests), torch.tensor([1, 1, 0, 0]))
+    ids = torch.arange(size) + (torch.arange(size) // 7 if size == 1500 else 0)
+    index = torch.full((known,), -1)
+    index[ids] = torch.arange(size)
+    head = SimpleNamespace(size=size, vocabulary=known, index=index if size == 1500 else None, reduced=size == 1500)
+    noise, race = noise_ahead(keys, torch.tensor([11, 4000, 5, 5]), 3, vocabulary, head)
+    assert (noise.shape, race.shape) == ((4, 3, vocabulary), (4, 3, size))
     for b, start in enumerate((12, 4001)):
         for ahead in range(3):
-            wanted = Noise(seeds[b]).gumbel(requests[b], start + ahead, 2000)[ids]
-            torch.testing.assert_close(found[b, ahead], wanted, atol=2e-6, rtol=2e-6)
-    assert not found[2:].any(), "where numbers are looked up, and where nothing is drawn"
+            wanted = Noise(seeds[b]).gumbel(requests[b], start + ahead, vocabulary)
+            torch.testing.assert_close(noise[b, ahead], wanted, atol=2e-6, rtol=2e-6)
+            assert torch.equal(race[b, ahead], noise[b, ahead][ids])
+    assert not noise[2:].any(), "where numbers are looked up, and where nothing is drawn"
+    assert not race[2:].any()
 
 
 def random_tree(generator, count, depth):

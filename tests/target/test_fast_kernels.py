@@ -4,6 +4,7 @@ Where a GPU is there, tests/gpu runs the compiled kernels instead.
 """
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from interpreted import require_interpreter
 
 require_interpreter()
 
+from outpace.engine.device.drafts import noise_ahead
 from outpace.engine.device.kernels import Chance, Chooser, Keys
 from outpace.engine.device.lanes import Lane
 from outpace.engine.device.truncation import Cutter, Truncation
@@ -116,7 +118,7 @@ def test_scouts_take_the_adapters_tails_and_main_rows_do_not(name, layers, taken
 
 
 def chosen_and_walked(
-    logits, heat, cut, keys, positions, chance, *, tokens=None, parents=None, lengths=None, room=None
+    logits, heat, cut, keys, positions, chance, *, noise=None, tokens=None, parents=None, lengths=None, room=None
 ):
     """What the kernels choose at every row, [B, R], the rows as the next round finds them, and what the walk left."""
     batch, rows, vocabulary = logits.shape
@@ -128,7 +130,7 @@ def chosen_and_walked(
         if value is not None:
             to.copy_(value)
     chooser = Chooser(batch * rows, vocabulary, logits.device)
-    chooser(logits, heat, cut, keys, positions, inputs, trail, chance=chance)
+    chooser(logits, heat, cut, keys, positions, inputs, trail, chance=chance, noise=noise)
     assert not chooser.arrived.any(), "ready for the next round"
     return chooser.chosen.view(batch, rows), inputs, trail
 
@@ -160,6 +162,10 @@ def test_choosing_and_walking_are_the_path_rule(kinds):
     for b, sampler in enumerate(samplers):
         for row in range(rows):
             assert int(chosen[b, row]) == sampler.choose(logits[b, row], [0] * (int(positions[b, row]) + 1))
+    if chance.gumbel:  # made once for the four positions of the rows
+        all_ids = SimpleNamespace(size=vocabulary, vocabulary=vocabulary, index=None, reduced=False)
+        noise, _ = noise_ahead(keys, positions[:, 0].contiguous(), 4, vocabulary, all_ids)
+        assert torch.equal(chosen_and_walked(*laws, noise=noise)[0], chosen)
     parents = torch.tensor([[-2, 0, 0, 1, 3]] * batch)
     tokens = torch.tensor([[9, int(chosen[b, 0]), 1, int(chosen[b, 1]), 2] for b in range(batch)])
     tokens[2, 1], tokens[2, 2] = 5, chosen[2, 0]  # the second child is the right one

@@ -71,8 +71,8 @@ class Draws(NamedTuple):
 
     Attributes:
         temperature: [B] float32, 0 for greedy requests.
-        race: [B, D, Vd] float32, the Gumbel noise of draft ids at each position ahead, zero for requests it does not
-            decide; None where it decides none.
+        race: [B, D or more, Vd] float32, the Gumbel noise of draft ids at each position ahead, zero for requests it
+            does not decide; None where it decides none.
         u: [B, D] float32: the number of each position ahead; None where no request looks one up in its law.
         looked_up: [B] float32: the temperature of requests whose number is, 0 for the others.
         coupling: how sure the token drawn with u is to be the path's, beyond its probability.

@@ -232,7 +232,7 @@ def _index_of(ranked):
 @triton.jit
 def children_kernel(
     LOGITS, PEAKS, SUMS, BEST, ARRIVED, TEMPERATURE, RACE, LOOKED_UP, U, OFFSETS, VALUES, BIRTHS, BORN_TOKENS,
-    BORN_PARENTS, BORN_VALUES, PER, V, TILES, born, start, step, steps, coupling,
+    BORN_PARENTS, BORN_VALUES, PER, V, TILES, born, start, step, steps, races, coupling,
     K: tl.constexpr, PLACES: tl.constexpr, BLOCK: tl.constexpr, WIDTH: tl.constexpr, CHOICES: tl.constexpr,
     FIRST: tl.constexpr, SAMPLED: tl.constexpr, RACED: tl.constexpr, REDUCED: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
@@ -254,7 +254,7 @@ def children_kernel(
     if RACED:
         hot = tl.load(TEMPERATURE + row // PER)
         if (hot > 0) & (given <= 0):
-            place = ((row // PER) * steps + step).to(tl.int64) * V
+            place = ((row // PER) * races + step).to(tl.int64) * V
             logits = logits / hot + tl.load(RACE + place + at, mask=inside, other=0.0)
     spot = row * TILES + tile
     ranked = _ranked(logits, at)

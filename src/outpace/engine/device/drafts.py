@@ -36,25 +36,33 @@ def _numbers_kernel(SEEDS, REQUESTS, LENGTHS, U, DEPTH, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _race_kernel(
-    SEEDS, REQUESTS, KINDS, LENGTHS, OFFSETS, RACE, DEPTH, V, BLOCK: tl.constexpr, REDUCED: tl.constexpr
+def _noise_kernel(
+    SEEDS, REQUESTS, KINDS, LENGTHS, INDEX, NOISE, RACE, STEPS, V, KNOWN, SIZE,
+    BLOCK: tl.constexpr, REDUCED: tl.constexpr, APART: tl.constexpr,
 ):  # fmt: skip
-    """Gumbel noise of one tile of draft ids at one position ahead; zero for requests that it does not decide."""
+    """Gumbel noise of one tile of ids at one position ahead; zero for requests that it does not decide.
+
+    APART: the same of draft ids goes to RACE as well. REDUCED: INDEX says of the first KNOWN ids which they are.
+    """
     request = tl.program_id(0)
     ahead = tl.program_id(1)
-    at = tl.program_id(2) * BLOCK + tl.arange(0, BLOCK)
+    tile = tl.program_id(2)
+    at = tile * BLOCK + tl.arange(0, BLOCK)
     inside = at < V
     noise = tl.zeros([BLOCK], tl.float32)
     if tl.load(KINDS + request) > 0:
-        ids = at.to(tl.int64)
-        if REDUCED:
-            ids += tl.load(OFFSETS + at, mask=inside, other=0)
         x0, x1, x2, x3 = gumbel_words(
-            tl.load(SEEDS + request), tl.load(REQUESTS + request), tl.load(LENGTHS + request) + 1 + ahead, ids >> 2
-        )
-        word = ids & 3
-        noise = gumbel_of(tl.where(word == 0, x0, tl.where(word == 1, x1, tl.where(word == 2, x2, x3))))
-    tl.store(RACE + (request * DEPTH + ahead).to(tl.int64) * V + at, noise, mask=inside)
+            tl.load(SEEDS + request), tl.load(REQUESTS + request), tl.load(LENGTHS + request) + 1 + ahead,
+            tile * (BLOCK // 4) + tl.arange(0, BLOCK // 4),
+        )  # fmt: skip
+        noise = gumbel_of(tl.interleave(tl.interleave(x0, x2), tl.interleave(x1, x3)))
+    place = (request * STEPS + ahead).to(tl.int64)
+    tl.store(NOISE + place * V + at, noise, mask=inside)
+    if APART:
+        drafted = at
+        if REDUCED:
+            drafted = tl.load(INDEX + at, mask=at < KNOWN, other=-1).to(tl.int32)
+        tl.store(RACE + place * SIZE + drafted, noise, mask=inside & (drafted >= 0) & (drafted < SIZE))
 
 
 @triton.jit
@@ -113,18 +121,21 @@ def _lay_kernel(
         tl.store(BITS + (wide + spare) * WORDS + word, alone, mask=unused)
 
 
-def race_ahead(keys: Keys, lengths: Tensor, depth: int, head: DraftHead) -> Tensor:
-    """The Gumbel noise of the positions a draft is for, [B, depth, Vd] float32, as `drafters.ahead.race_ahead`.
+def noise_ahead(keys: Keys, lengths: Tensor, steps: int, vocabulary: int, head: DraftHead) -> tuple[Tensor, Tensor]:
+    """The Gumbel noise of `steps` positions ahead: of all ids [B, steps, V], of draft ids [B, steps, Vd], float32.
 
-    Zero for requests whose tokens it does not decide. lengths: [B] int64, positions of the roots.
+    The latter is what `drafters.ahead.race_ahead` gives. Zero for requests whose tokens it does not decide. A node at
+    depth d of a tree is chosen with step d of the former, and its children are drafted with the same step of the
+    latter: a position's noise is made once, however many rows stand there. lengths: [B] int64, positions of the roots.
     """
     batch, block = lengths.shape[0], 1024
-    race = torch.empty(batch, depth, head.size, dtype=torch.float32, device=lengths.device)
-    _race_kernel[(batch, depth, triton.cdiv(head.size, block))](
-        keys.seeds, keys.requests, keys.kinds, lengths, head.offsets, race, depth, head.size, BLOCK=block,
-        REDUCED=head.reduced, num_warps=4,
+    noise = torch.empty(batch, steps, vocabulary, dtype=torch.float32, device=lengths.device)
+    race = noise if head.size == vocabulary else noise.new_empty(batch, steps, head.size)
+    _noise_kernel[(batch, steps, triton.cdiv(vocabulary, block))](
+        keys.seeds, keys.requests, keys.kinds, lengths, head.index, noise, race, steps, vocabulary, head.vocabulary,
+        head.size, BLOCK=block, REDUCED=head.reduced, APART=race is not noise, num_warps=4,
     )  # fmt: skip
-    return race
+    return noise, race
 
 
 def numbers_ahead(keys: Keys, lengths: Tensor, depth: int) -> Tensor:

@@ -59,13 +59,14 @@ def gumbel_of(word):  # noqa: ANN201  # Triton's language
 
 @triton.jit
 def _peaks_kernel(
-    LOGITS, PEAKS, IDS, SUMS, TEMPERATURE, KINDS, SEEDS, REQUESTS, POSITIONS, CUTS, LASTS, R, V, TILES,
-    BLOCK: tl.constexpr, SAMPLED: tl.constexpr, RACED: tl.constexpr, CUT: tl.constexpr, SHIFT: tl.constexpr,
-    PDL: tl.constexpr,
+    LOGITS, PEAKS, IDS, SUMS, TEMPERATURE, KINDS, SEEDS, REQUESTS, POSITIONS, NOISE, CUTS, LASTS, R, V, TILES,
+    STEPS: tl.constexpr, BLOCK: tl.constexpr, SAMPLED: tl.constexpr, RACED: tl.constexpr, CUT: tl.constexpr,
+    SHIFT: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Largest logit of a tile, its lowest id, and (if sampled) the sum of exp((logit - largest) / temperature).
 
     RACED: where the request's tokens are decided by Gumbel noise, logit / temperature + noise stands for the logit.
+    STEPS: how many positions from the root's on NOISE has been made for; 0: it is made here.
     CUT: rows may be truncated.
     """
     row = tl.program_id(0)
@@ -80,7 +81,11 @@ def _peaks_kernel(
     looked_up = True
     if RACED:
         looked_up = tl.load(KINDS + request) == 0
-        if not looked_up:
+        if not looked_up and STEPS > 0:
+            step = tl.load(POSITIONS + row) - tl.load(POSITIONS + request * R)
+            noise = tl.load(NOISE + (request * STEPS + step) * V + at, mask=inside, other=0.0)
+            logits = logits / tl.load(TEMPERATURE + request) + noise
+        if not looked_up and STEPS == 0:
             x0, x1, x2, x3 = gumbel_words(
                 tl.load(SEEDS + request), tl.load(REQUESTS + request), tl.load(POSITIONS + row) + 1,
                 tile * (BLOCK // 4) + tl.arange(0, BLOCK // 4),
@@ -308,6 +313,7 @@ class Chooser:
         trail: Trail,
         *,
         chance: Chance,
+        noise: Tensor | None = None,
     ) -> None:
         """Choose the path's token at every row, walk every request's tree, and begin the next round where it ended.
 
@@ -315,7 +321,8 @@ class Chooser:
 
         logits: [B, R, V] contiguous; temperature: [B] float32, 0 for greedy; truncation, keys: of the requests;
         positions: [B * R] int64 of the main rows; inputs: the rows, whose roots, lengths and root positions move on;
-        trail: written; chance: what may decide a token of these requests.
+        trail: written; chance: what may decide a token of these requests; noise: [B, steps, V] float32, the Gumbel
+        noise of the positions behind each root and its nodes (`drafts.noise_ahead`), None: made at every row anew.
         """
         batch, rows, vocabulary = logits.shape
         if chance.truncated:
@@ -327,7 +334,7 @@ class Chooser:
         }  # fmt: skip
         _peaks_kernel[(batch * rows, self.tiles)](
             logits, self.peaks, self.ids, self.sums, temperature, keys.kinds, keys.seeds, keys.requests, positions,
-            cuts, lasts, rows, vocabulary, self.tiles, **options,
+            noise, cuts, lasts, rows, vocabulary, self.tiles, STEPS=0 if noise is None else noise.shape[1], **options,
         )  # fmt: skip
         _choose_kernel[(batch * rows,)](
             logits, self.peaks, self.ids, self.sums, temperature, keys.kinds, keys.seeds, keys.requests, positions,

@@ -26,7 +26,7 @@ from weakref import WeakKeyDictionary
 import torch
 
 from outpace.drafters.growth import Draws
-from outpace.engine.device.drafts import WIDEST, lay, numbers_ahead, race_ahead
+from outpace.engine.device.drafts import WIDEST, lay, noise_ahead, numbers_ahead
 from outpace.engine.device.history import History
 from outpace.engine.device.kernels import Chance
 from outpace.engine.device.lanes import AHEAD, Course, Flight, Lane, fill, host_tensor
@@ -292,12 +292,13 @@ class DeviceRounds:
                 what += f", with drafts of {draft.nodes} nodes behind up to {drafts.reach} rows"
 
             def work(trail: Trail, ahead: Inputs, *, warm: bool) -> dict[str, Tensor]:
+                noise = None
                 if draft is not None and drafts is not None:
-                    self._draft(draft, drafts, inputs, lane, warm=warm)
+                    noise = self._draft(draft, drafts, inputs, lane, warm=warm)
                     trail.stamp(0)
                 outputs = passing()
                 trail.stamp(1)
-                self._walk(cache, ahead, lane, trail, outputs, draft, warm=warm)
+                self._walk(cache, ahead, lane, trail, outputs, draft, noise, warm=warm)
                 trail.stamp(2)
                 return outputs.taps if draft is None else {}
 
@@ -308,16 +309,17 @@ class DeviceRounds:
             graphs[key] = self.fast.capture_work(lambda: work(lane.trail, inputs, warm=False), what, on_copies)
         return graphs[key]
 
-    def _draft(self, draft: DeviceDraft, key: DraftKey, inputs: Inputs, lane: Lane, *, warm: bool) -> None:
-        """Draft, and lay what was drafted into the rows of the pass."""
+    def _draft(self, draft: DeviceDraft, key: DraftKey, inputs: Inputs, lane: Lane, *, warm: bool) -> Tensor | None:
+        """Draft, and lay what was drafted into the rows of the pass; returns the noise its walk will need, if any."""
         chance, vocabulary = self._chance, self.fast.plan.vocabulary
-        draws = None
+        draws = noise = race = None
         if (chance.uniform or chance.gumbel) and draft.coupling is not None:
-            where = inputs.lengths, draft.depth
+            if chance.gumbel:
+                noise, race = noise_ahead(lane.keys, inputs.lengths, draft.depth + 1, vocabulary, draft.head)
             draws = Draws(
                 lane.temperature,
-                race_ahead(lane.keys, *where, draft.head) if chance.gumbel else None,
-                numbers_ahead(lane.keys, *where) if chance.uniform else None,
+                race,
+                numbers_ahead(lane.keys, inputs.lengths, draft.depth) if chance.uniform else None,
                 lane.looked_up,
                 draft.coupling,
             )
@@ -326,6 +328,7 @@ class DeviceRounds:
         if draft.scouts:
             numbers = numbers_ahead(lane.keys, inputs.lengths, draft.reads) if draft.reads else None
             draft.place(inputs, rows, lane.temperature, numbers)
+        return noise
 
     def _walk(
         self,
@@ -335,6 +338,7 @@ class DeviceRounds:
         trail: Trail,
         outputs: Outputs,
         draft: DeviceDraft | None,
+        noise: Tensor | None,
         *,
         warm: bool,
     ) -> None:
@@ -344,7 +348,8 @@ class DeviceRounds:
         if chance.history:
             scores = lane.history.score(scores, inputs.tokens, inputs.parents, positions)
         lane.chooser(
-            scores, lane.temperature, lane.truncation, lane.keys, positions, inputs, trail, chance=chance
+            scores, lane.temperature, lane.truncation, lane.keys, positions, inputs, trail, chance=chance,
+            noise=noise,
         )  # fmt: skip
         if chance.history:
             counts = lane.history.counts
