@@ -217,7 +217,7 @@ class _Run:
         state = ready.rows
         if plan.fuse is not None:
             source = ready.rows if ready.squares is None else Scaled(ready.rows, ready.squares)
-            state, _ = linear(source, plan.fuse, tile=choose_tile(plan.fuse.weight), eps=plan.eps)
+            state, _ = linear(source, plan.fuse, tile=choose_tile(plan.fuse.weight, rows=rows), eps=plan.eps)
         both, residual, positions = self.room(rows, 2 * self.size), self.kept_rows(rows), self.longs(rows)
         kernels.enter_rows_kernel[(rows,)](
             self.draft.table, state, both, residual, plan.norm_embedding, plan.norm_state, plan.norm, tokens, self.at,
@@ -282,7 +282,8 @@ class _Run:
         if plan.join is not None:
             gamma = plan.blocks[0].norm_attention
             joined, scaled = linear(
-                both, plan.join, tile=choose_tile(plan.join.weight), eps=plan.eps, pdl=self.pdl, follow=_follow(gamma)
+                both, plan.join, tile=choose_tile(plan.join.weight, rows=both.shape[0]), eps=plan.eps, pdl=self.pdl,
+                follow=_follow(gamma),
             )  # fmt: skip
             source = scaled if scaled is not None else joined
             residual = joined if residual is None else residual
@@ -312,29 +313,30 @@ class _Run:
         query = self.room(rows, shape.heads, shape.head_size)
         query_key_value(
             source, block.qkv, query, keys, values, self.draft.rotary, positions, entries, self.slots,
-            tile=choose_tile(block.qkv.weight, 2), eps=eps, pdl=self.pdl,
+            tile=choose_tile(block.qkv.weight, 2, rows=rows), eps=eps, pdl=self.pdl,
         )  # fmt: skip
         attended = tree_attention(
             query, keys, values, lengths=self.at, slots=self.slots, positions=positions, bits=bits,
             scaling=shape.head_size**-0.5, window=None, workspace=self.workspace, span=span or None, pdl=self.pdl,
         )  # fmt: skip
         hidden, scaled = linear(
-            attended.view(rows, -1), block.out, tile=choose_tile(block.out.weight), residual=residual,
+            attended.view(rows, -1), block.out, tile=choose_tile(block.out.weight, rows=rows), residual=residual,
             follow=_follow(block.norm_mlp), eps=eps, pdl=self.pdl,
         )  # fmt: skip
         assert scaled is not None  # a norm follows
         inner = gated_linear(
-            scaled, block.gate_up, tile=choose_tile(block.gate_up.weight, 2), gelu=False, eps=eps, pdl=self.pdl
-        )
-        return linear(
-            inner, block.down, tile=choose_tile(block.down.weight), residual=hidden, follow=_follow(following), eps=eps,
+            scaled, block.gate_up, tile=choose_tile(block.gate_up.weight, 2, rows=rows), gelu=False, eps=eps,
             pdl=self.pdl,
+        )  # fmt: skip
+        return linear(
+            inner, block.down, tile=choose_tile(block.down.weight, rows=rows), residual=hidden,
+            follow=_follow(following), eps=eps, pdl=self.pdl,
         )  # fmt: skip
 
     def logits(self, source: Tensor | Scaled) -> Tensor:
         """What the head says of each row, [M, Vd]."""
-        head = self.plan.head
-        return linear(source, head, tile=choose_tile(head.weight), eps=self.plan.eps, pdl=self.pdl)[0]
+        head, rows = self.plan.head, (source.rows if isinstance(source, Scaled) else source).shape[0]
+        return linear(source, head, tile=choose_tile(head.weight, rows=rows), eps=self.plan.eps, pdl=self.pdl)[0]
 
     def children(self, logits: Tensor, values: Tensor | None, births: Tensor | None, depth: int) -> None:
         """The best children of each row; values, births: of the rows' own nodes, None for the root."""
@@ -350,6 +352,7 @@ class _Run:
             logits, peaks, sums, best, self.draft.arrived, draws.temperature if draws is not None else None, race,
             looked_up, u, plan.offsets, values, births, self.tokens, self.parents, self.values, rows // self.batch,
             vocabulary, tiles, self.tree.born, self.start(depth), depth - 1, self.tree.depth,
+            race.shape[1] if race is not None else 0,
             draws.coupling if draws is not None else 0.0, K=k,
             PLACES=triton.next_power_of_2(k), BLOCK=tile, WIDTH=triton.next_power_of_2(tiles),
             CHOICES=triton.next_power_of_2(tiles * k + (u is not None)), FIRST=values is None, SAMPLED=u is not None,

@@ -94,10 +94,9 @@ class _FusedJoin:
         both = normed_halves(
             *heard, y, join.slot_norm.weight, join.row_norm.weight, depth, self.eps, pdl=pdl
         )  # fmt: skip
-        inner = gated_linear(both, self.gate_up, tile=choose_tile(self.gate_up.weight, 2), gelu=False, pdl=pdl)
-        return linear(
-            inner, self.down, tile=choose_tile(self.down.weight), residual=y, follow=follow, eps=self.eps, pdl=pdl
-        )  # fmt: skip
+        tiles = (choose_tile(self.gate_up.weight, 2, rows=y.shape[0]), choose_tile(self.down.weight, rows=y.shape[0]))
+        inner = gated_linear(both, self.gate_up, tile=tiles[0], gelu=False, pdl=pdl)
+        return linear(inner, self.down, tile=tiles[1], residual=y, follow=follow, eps=self.eps, pdl=pdl)
 
 
 class SlotDraft(DeviceDraft):

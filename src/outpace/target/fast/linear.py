@@ -528,14 +528,15 @@ def query_key_value(
     )  # fmt: skip
 
 
-def choose_tile(weight: Tensor, halves: int = 1) -> Tile:
-    """Tile sizes for a weight [N, K] (`benchmarks/roofline.py --section tiles`); they depend on nothing else.
+def choose_tile(weight: Tensor, halves: int = 1, *, rows: int = 1) -> Tile:
+    """Tile sizes for a weight [N, K] (`benchmarks/roofline.py --section tiles`).
 
-    halves: 2 for paired kernels.
+    halves: 2 for paired kernels. rows: how many there are, which matters for weights in eight bits only: a target's
+    rows have their bits from tiles that depend on nothing else.
     """
     size = weight.numel() * weight.element_size()
     if weight.dtype == torch.int8:
-        return _choose_eight(weight.shape[0], halves)
+        return _choose_eight(weight.shape[0], halves, rows)
     if size < 16 << 20:
         return Tile(8 if halves == 2 and weight.shape[0] < 2048 else 16, 128, 2 if halves == 2 else 4, 6, True)
     if weight.shape[0] > 16 * weight.shape[1]:  # a head
@@ -545,11 +546,14 @@ def choose_tile(weight: Tensor, halves: int = 1) -> Tile:
     return Tile(16, 256, 4, 4, False) if weight.shape[1] > 8192 else Tile(16, 128, 2, 6, False)
 
 
-def _choose_eight(width: int, halves: int) -> Tile:
+def _choose_eight(width: int, halves: int, rows: int) -> Tile:
     """The same for a weight in eight bits [width, K]: half as many bytes wait for as many products."""
+    wide, few = width >= 16384, rows <= _FEW_ROWS
     if halves == 2:
-        return Tile(32, 256, 4, 3, False) if width >= 16384 else Tile(16, 256, 4, 4, False)
-    return Tile(64, 256, 8, 3, False) if width >= 16384 else Tile(32, 256, 4, 4, False)
+        return Tile(16, 256, 4, 3 if wide else 4, False) if few else Tile(32, 256, 4, 3, False)
+    if wide:
+        return Tile(32, 256, 4, 3, False) if few else Tile(64, 256, 8, 3, False)
+    return Tile(16, 256, 2, 6, False) if few else Tile(32, 256, 4, 4, False)
 
 
 def is_float(dtype: torch.dtype) -> bool:
