@@ -25,11 +25,11 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 SHORT: Final = 128  # keys of each of the first pieces
-LONG: Final = 512  # keys of each further one
+LONG: Final = 768  # keys of each further one
 FIRST: Final = 16  # how many are short
 TILE_ROWS: Final = 64  # rows of one program, of all query heads of a key head
 _KEYS: Final = 64  # keys of one step
-_CHUNK: Final = 16  # pieces added up at once, or twice as many
+_CHUNK: Final = 16  # pieces added up at once
 _LOG2_E: Final = 1.4426950408889634
 _SHORT: tl.constexpr = tl.constexpr(SHORT)
 _LONG: tl.constexpr = tl.constexpr(LONG)
@@ -143,10 +143,14 @@ def _attention_kernel(
 
 @triton.jit
 def _combine_kernel(
-    PARTIAL, STATE, OUT, splits, SIZE: tl.constexpr, PADDED: tl.constexpr, CHUNK: tl.constexpr, MORE: tl.constexpr,
+    PARTIAL, STATE, OUT, splits, SIZE: tl.constexpr, PADDED: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr,
     PDL: tl.constexpr,
 ):  # fmt: skip
-    """Add the pieces of one row and head up, CHUNK at a time; a piece without mass holds nothing to read."""
+    """Add the pieces of one row and head up, CHUNK at a time; a piece without mass holds nothing to read.
+
+    Written out, so that all chunks are fetched at once; as large as they are for any number of pieces, so that the sum
+    keeps its bits, however many of the last pieces are empty.
+    """
     spot = tl.program_id(0).to(tl.int64)
     ds = tl.arange(0, PADDED)
     real = (ds < SIZE)[None, :]
@@ -155,7 +159,8 @@ def _combine_kernel(
     largest = float("-inf")
     total = 0.0
     acc = tl.zeros([PADDED], tl.float32)
-    for begin in range(0, splits if MORE else CHUNK, CHUNK):
+    for chunk in tl.static_range(CHUNKS):
+        begin = chunk * CHUNK
         there = begin + piece < splits
         at = spot * splits + begin + piece
         part = tl.load(PARTIAL + at[:, None] * SIZE + ds[None, :], mask=there[:, None] & real, other=0.0)
@@ -224,9 +229,8 @@ def tree_attention(
         BK=_KEYS, CHAIN=bits is None, WINDOWED=window is not None, LONGS=workspace.splits > FIRST,
         PDL=pdl, num_warps=4, num_stages=3 if size <= 128 else 2, **options,
     )  # fmt: skip
-    chunk = _CHUNK if workspace.splits <= _CHUNK else 2 * _CHUNK
     _combine_kernel[(rows * heads,)](
-        workspace.partial, workspace.state, out, workspace.splits, SIZE=size, PADDED=padded, CHUNK=chunk,
-        MORE=workspace.splits > chunk, PDL=pdl, num_warps=2, **options,
+        workspace.partial, workspace.state, out, workspace.splits, SIZE=size, PADDED=padded, CHUNK=_CHUNK,
+        CHUNKS=triton.cdiv(workspace.splits, _CHUNK), PDL=pdl, num_warps=2, **options,
     )  # fmt: skip
     return out
