@@ -160,9 +160,9 @@ def test_a_large_vocabulary_is_truncated_as_warp_does(law, dtype):
     logits = (2.5 * torch.randn(2, 3, 151_936, generator=torch.Generator().manual_seed(0))).to("cuda", dtype)
     laws = [Settings(temperature=heat, **law) for heat in (0.7, 1.3)]
     cut = Truncation.room(2, logits.device)
-    cut.load(laws)
+    by = cut.load(laws)
     cutter = Cutter(8, 151_936, logits.device)
-    cutter(logits, torch.tensor([0.7, 1.3], device="cuda"), cut)
+    cutter(logits, torch.tensor([0.7, 1.3], device="cuda"), cut, by)
     for b, one in enumerate(laws):
         wanted, mass = warp(logits[b].float(), one) > 0, torch.softmax(logits[b].double() / one.temperature, -1)
         for row in range(3):

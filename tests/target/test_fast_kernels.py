@@ -201,9 +201,9 @@ def test_no_law_is_no_token():
     for heat, kind in ((0.0, 0), (1.0, 0), (1.0, 1)):
         keys = Keys(one, one, one + kind)
         for truncated in (False, True):
-            chance, cut = Chance(True, bool(kind), truncated), Truncation.room(1, logits.device)
-            if truncated:
-                cut.load([Settings(temperature=1.0, top_p=0.9, top_k=3, min_p=0.1)])
+            cut = Truncation.room(1, logits.device)
+            law = Settings(temperature=1.0, top_p=0.9, top_k=3, min_p=0.1) if truncated else Settings(temperature=1.0)
+            chance = Chance(True, bool(kind), cut.load([law]))
             where = torch.zeros(2, dtype=torch.int64)
             chosen, _, _ = chosen_and_walked(logits, torch.tensor([heat]), cut, keys, where, chance)
             assert chosen.tolist() == [[-1, -1]]
@@ -216,6 +216,7 @@ CUTS = [
     {"top_p": 0.9},
     {"top_p": 0.0001},
     {"top_p": 0.9999},
+    {"top_p": 1 - 1e-12},
     {"min_p": 0.02},
     {"min_p": 1.0},
     {"top_k": 40, "top_p": 0.8},
@@ -241,9 +242,11 @@ def test_a_truncated_law_keeps_what_warp_keeps(settings, dtype):
     logits = logits.to(dtype)
     laws = [Settings(temperature=heat, **settings) for heat in heats]
     cut = Truncation.room(4, logits.device)
-    assert cut.load(laws) == bool(settings)
+    by = cut.load(laws)
+    assert by._asdict() == {name: name in settings for name in ("top_k", "top_p", "min_p")}
+    assert bool(by) == bool(settings)
     cutter = Cutter(8, vocabulary, logits.device, chunk=512)
-    cutter(logits, torch.tensor([*heats, 0.0]), cut)
+    cutter(logits, torch.tensor([*heats, 0.0]), cut, by)
     for b, law in enumerate(laws):
         wanted, mass = warp(logits[b].float(), law) > 0, torch.softmax(logits[b].double() / law.temperature, -1)
         for row in range(rows):

@@ -18,7 +18,7 @@ import torch
 import triton
 import triton.language as tl
 
-from outpace.engine.device.truncation import Cutter, Truncation, kept, shift_of
+from outpace.engine.device.truncation import Cuts, Cutter, Truncation, kept, shift_of
 from outpace.target.fast.launch import dependent_launch, enter_kernel, launch_options
 
 if TYPE_CHECKING:
@@ -235,12 +235,12 @@ def _stamp_kernel(STAMPS, TURN, WHICH: tl.constexpr, TURNS: tl.constexpr, TIMED:
 class Chance(NamedTuple):
     """What decides tokens of a batch: numbers looked up in a law, Gumbel noise; neither where all is greedy.
 
-    truncated: some law is. history: some law depends on more than logits.
+    truncated: by what some law is. history: some law depends on more than logits.
     """
 
     uniform: bool
     gumbel: bool
-    truncated: bool = False
+    truncated: Cuts = Cuts()
     history: bool = False
 
 
@@ -326,10 +326,10 @@ class Chooser:
         """
         batch, rows, vocabulary = logits.shape
         if chance.truncated:
-            self.cutter(logits, temperature, truncation)
+            self.cutter(logits, temperature, truncation, chance.truncated)
         cuts, lasts = self.cutter.cuts, self.cutter.lasts
         options: dict[str, Any] = {
-            "BLOCK": _TILE, "SAMPLED": chance.uniform, "RACED": chance.gumbel, "CUT": chance.truncated,
+            "BLOCK": _TILE, "SAMPLED": chance.uniform, "RACED": chance.gumbel, "CUT": bool(chance.truncated),
             "SHIFT": shift_of(logits), "PDL": self.pdl, "num_warps": 4, **launch_options(self.pdl),
         }  # fmt: skip
         _peaks_kernel[(batch * rows, self.tiles)](
