@@ -15,6 +15,8 @@ import re
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from outpace.bench.report import load_result, render_markdown, words
 from outpace.bench.report.markdown import task_table
 
@@ -138,20 +140,48 @@ def decode_table(result: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def paired(one: list[list[int]], two: list[list[int]], resamples: int = 10_000) -> tuple[float, float, float]:
+    """Tokens per round of `one` over those of `two`, with a 95 % bootstrap interval over their common questions.
+
+    one, two: [emitted, rounds] of each question.
+    """
+    both = np.array([one, two], dtype=np.int64)  # [2, questions, 2]
+    drawn = np.random.default_rng(0).integers(0, len(one), (resamples, len(one)))
+    counts = np.stack([np.bincount(d, minlength=len(one)) for d in drawn])
+
+    def ratio(sums: Any) -> Any:
+        return (sums[..., 0, 0] * sums[..., 1, 1]) / (sums[..., 0, 1] * sums[..., 1, 0])
+
+    low, high = np.percentile(ratio(np.einsum("rq,dqk->rdk", counts, both)), (2.5, 97.5))
+    return float(ratio(both.sum(1))), float(low), float(high)
+
+
 def acceptance_table(result: dict[str, Any]) -> str:
-    """Tokens per pass of drafters, per task, a row per drafter and temperature."""
+    """Tokens per pass of drafters, per task, a row per drafter and temperature.
+
+    Where each question was kept, also times what the last drafter has on the same questions.
+    """
     rows, about = result["rows"], result["about"]
     tasks = list(rows[0]["per_task"])
     named = " | ".join(task.replace("_", " ") for task in tasks)
+    last = rows[-1]["drafter"] if all("per_question" in row for row in rows) else None
+    over = f" over {last} |" if last else ""
     lines = [
-        f"| drafter | T | all | {named} | accepted, given that it was reached |",
-        f"| --- | --- | --- | {' | '.join('---' for _ in tasks)} | --- |",
+        f"| drafter | T | all |{over} {named} | accepted, given that it was reached |",
+        f"| --- | --- | --- |{' --- |' if last else ''} {' | '.join('---' for _ in tasks)} | --- |",
     ]
+    beside = {row["temperature"]: row for row in rows if row["drafter"] == last}
     for row in rows:
         per_task = " | ".join(f"{row['per_task'][task]:.2f}" for task in tasks)
         rates = " ".join(f"{rate:.2f}" for rate in row["accept_given_reached"])
+        over = ""
+        if last:
+            other = beside[row["temperature"]]
+            ratio, low, high = paired(row["per_question"], other["per_question"])
+            over = " |" if row is other else f" {ratio:.3f} ({low:.3f} to {high:.3f}) |"
         lines.append(
-            f"| {row['drafter']} | {row['temperature']:g} | **{row['emitted_per_round']:.2f}** | {per_task} | {rates} |"
+            f"| {row['drafter']} | {row['temperature']:g} | **{row['emitted_per_round']:.2f}** |{over} {per_task} | "
+            f"{rates} |"
         )
     asked, dtype = about["asked"], about["dtype"].removeprefix("torch.")
     noises = {row.get("noise", asked.get("noise", "uniform")) for row in rows}
