@@ -102,6 +102,35 @@ def test_the_text_is_that_of_plain_decoding_and_the_drafts_are_those_of_propose(
         assert ours.stats.reached == theirs.stats.reached
 
 
+def test_while_drafts_of_the_host_rest_rounds_run_ahead(monkeypatch):
+    target = uncaptured_target(monkeypatch)
+    options = {"max_new_tokens": 24, "temperature": 0.8, "seed": 5, "ignore_eos": True}
+    wanted = Engine(target, path="readable").generate(PROMPTS[:2], **options)
+    engine = Engine(target, "prompt_lookup:min_ngram=1,draft_len=3", check_integrity=True)
+    under_way = []
+    decide = engine.pace.decide
+
+    def pauses(requests):
+        decide(requests)
+        for request in requests:
+            at = request.round_index % 8
+            request.speculate, request.rest = at < 3, max(0, 7 - at) if at >= 3 else 0
+
+    rounds = engine._device_rounds()
+    play = rounds.play
+
+    def spy(context, *args):
+        found = play(context, *args)
+        under_way.append((context.requests[0].speculate, context.requests[0].rest, len(rounds._flying)))
+        return found
+
+    monkeypatch.setattr(engine.pace, "decide", pauses)
+    monkeypatch.setattr(rounds, "play", spy)
+    assert [o.tokens for o in engine.generate(PROMPTS[:2], **options)] == [o.tokens for o in wanted]
+    assert {ahead for speculates, rest, ahead in under_way if speculates or not rest} == {0}
+    assert {ahead for speculates, rest, ahead in under_way[:-2] if rest} == {1}
+
+
 @pytest.mark.usefixtures("_unfused")
 @pytest.mark.parametrize("name", ["eagle3", "medusa", "ptp"])
 def test_requests_join_leave_and_stand_down(name, monkeypatch):

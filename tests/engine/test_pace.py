@@ -57,6 +57,32 @@ def test_pauses_grow_and_end():
     assert play(pace, one, emitted=4, plain_ms=10, drafted_ms=14, rounds=800) > 300, "it notices when drafts pay again"
 
 
+@pytest.mark.parametrize(("asked_ms", "most"), [(10.2, 200), (18, 60)])
+def test_asking_in_vain_is_held_against_a_drafter_where_it_costs(asked_ms, most):
+    """A round without a draft is no plain one if a drafter was asked for it."""
+    pace, one, asked = Pace(), request(), 0
+    for _ in range(200):
+        pace.decide([one])
+        asked += one.speculate
+        pace.learn([one], [Round((0,), 0, 0, 0)], asked_ms if one.speculate else 10, "x")
+        one.round_index += 1
+    assert asked <= most
+    assert asked > 180 or pace.notes(one)
+
+
+def test_a_request_that_stands_down_says_for_how_long():
+    pace, one, rests = Pace(), request(), []
+    for _ in range(60):
+        pace.decide([one])
+        rests.append((one.speculate, one.rest))
+        played = Round((0,), 0, 4, 4) if one.speculate else Round((0,), 0, 0, 0)
+        pace.learn([one], [played], 40 if one.speculate else 10, "x")
+        one.round_index += 1
+    pauses = [rest for speculates, rest in rests if not speculates and rest]
+    assert pauses[:15] == list(range(15, 0, -1))
+    assert not any(rest for speculates, rest in rests if speculates)
+
+
 def test_switched_off_it_never_interferes():
     pace, one = Pace(enabled=False), request()
     assert play(pace, one, emitted=1, plain_ms=10, drafted_ms=100, rounds=200) == 200
@@ -79,7 +105,7 @@ def test_a_dead_drafter_is_an_alarm_with_likely_causes():
 def test_one_slow_round_decides_nothing():
     costs = Costs()
     for ms in (10, 10, 900, 10, 10):
-        costs.add(0, ms)
+        costs.add(None, ms)
     for ms in (14, 14, 14):
         costs.add(4, ms)
     assert costs.ratio(4) == pytest.approx(1.4)

@@ -56,6 +56,7 @@ class RequestContext:
         remaining: tokens that may still be emitted; a draft deeper than remaining - 1 is cut.
         round_index: rounds this request has been through.
         speculate: False while the engine has stood down for this request: propose an empty tree.
+        rest: for how many rounds behind the one under way it is sure to stand down too.
         scout_limit: rows that scouts may add to the round under way; with more, other kernels would run for the main
             rows. None: as many as one likes.
     """
@@ -66,6 +67,7 @@ class RequestContext:
     remaining: int
     round_index: int = 0
     speculate: bool = True
+    rest: int = 0
     scout_limit: int | None = None
 
     @property

@@ -1,9 +1,10 @@
 """When not to speculate: measured cost against measured gain, per request.
 
-A round with a draft costs more than a plain one and emits more. The pace adds up, per request, what drafts have lost
-lately (cost in plain rounds, less tokens emitted; never below zero) and lets the drafter stand down when that exceeds a
-fixed allowance: an expensive drafter is judged after two rounds, a cheap one after twenty. It tries again later, ever
-more rarely. It decides from times, so *when* it stands down differs from run to run; what is emitted does not.
+A round with a draft costs more than a plain one and emits more. So may a round whose drafter was asked and had nothing
+to say: plain is a round in which nobody was asked. The pace adds up, per request, what drafts have lost lately (cost in
+plain rounds, less tokens emitted; never below zero) and lets the drafter stand down when that exceeds a fixed
+allowance: an expensive drafter is judged after two rounds, a cheap one after twenty. It tries again later, ever more
+rarely. It decides from times, so *when* it stands down differs from run to run; what is emitted does not.
 """
 
 from __future__ import annotations
@@ -23,6 +24,8 @@ _FIRST_PAUSE: Final = 16  # rounds; doubles at each further stand-down
 _LONGEST_PAUSE: Final = 512
 _PLAIN_EVERY: Final = 64  # rounds between plain ones, when a drafter always drafts: the baseline must stay measured
 _DEAD_AFTER: Final = 100  # drafted rounds of an engine
+_FREE: Final = 1.05  # plain rounds that asking in vain may cost without being held against a drafter
+_FOR_GOOD: Final = 1 << 30
 
 
 class Costs:
@@ -32,9 +35,9 @@ class Costs:
         self._plain: deque[float] = deque(maxlen=15)
         self._drafted: dict[int, deque[float]] = {}
 
-    def add(self, nodes: int, ms: float) -> None:
-        """A round with drafts of up to `nodes` nodes took so long."""
-        if nodes == 0:
+    def add(self, nodes: int | None, ms: float) -> None:
+        """A round with drafts of up to `nodes` nodes took so long; None: no drafter was asked."""
+        if nodes is None:
             self._plain.append(ms)
         else:
             self._drafted.setdefault(nodes.bit_length(), deque(maxlen=15)).append(ms)
@@ -83,13 +86,15 @@ class Pace:
         self._stood_down = 0  # requests in a row whose drafts did not pay: the next one pauses longer at once
 
     def decide(self, requests: list[RequestContext]) -> None:
-        """Set `speculate` of every request for the coming round."""
+        """Set `speculate` and `rest` of every request for the coming round."""
         self._rounds += 1
         calibrate = self.enabled and self._needs_plain(len(requests))
         for request in requests:
             pause = _FIRST_PAUSE << min(self._stood_down, 4)
             record = self._records.setdefault(request, _Record(pause))
-            request.speculate = not (calibrate or self.dead or request.round_index < record.resume)
+            resume = _FOR_GOOD if self.dead else record.resume
+            request.speculate = not (calibrate or request.round_index < resume)
+            request.rest = max(0, resume - request.round_index - 1)
 
     def _needs_plain(self, batch: int) -> bool:
         costs = self._costs.get(batch)
@@ -99,22 +104,24 @@ class Pace:
 
     def learn(self, requests: list[RequestContext], rounds: list[Round], ms: float, drafter: str) -> None:
         """A round of the batch is over and took `ms`."""
+        asked = any(request.speculate for request in requests)
         widest = max(one.drafted for one in rounds)
         costs = self._costs.setdefault(len(requests), Costs())
-        costs.add(widest, ms)
-        self._since_plain = self._since_plain + 1 if widest else 0
-        ratio = costs.ratio(widest) if widest else None
+        costs.add(widest if asked else None, ms)
+        self._since_plain = self._since_plain + 1 if asked else 0
+        ratio = costs.ratio(widest) if asked else None
         for request, one in zip(requests, rounds, strict=True):
             if one.drafted:
                 self._drafted_rounds += 1
                 self._accepted += one.accepted
+            if one.drafted or (request.speculate and not widest):
                 self._judge(request, one, ratio)
         if self.enabled and not self.dead and self._drafted_rounds >= _DEAD_AFTER:
             self._look_for_life(drafter)
 
     def _judge(self, request: RequestContext, one: Round, ratio: float | None) -> None:
         record = self._records[request]
-        if not self.enabled or ratio is None:
+        if not self.enabled or ratio is None or (not one.drafted and ratio < _FREE):
             return
         record.emitted.append(len(one.tokens))
         record.paid.append(ratio)

@@ -131,7 +131,8 @@ class DeviceRounds:
                     self.forget()
                     trees = drafted_trees(context, drafter, 0)
                     drafted_ms = 1e3 * (perf_counter() - started)
-                self._launch(context, trees, taps, alone=drafter is not None)
+                resting = not wanted and not taps and all(r.rest for r in requests)
+                self._launch(context, trees, taps, alone=drafter is not None and not resting)
         except BaseException:
             self.forget()
             raise
@@ -207,7 +208,10 @@ class DeviceRounds:
             self._fly(cache, inputs, lane, entries, taps, draft)
 
     def _launch(self, context: Context, trees: list[Tree], taps: frozenset[str], *, alone: bool) -> None:
-        """Start a round with trees of the host; unless `alone`, since a draft may follow, keep more under way."""
+        """Start a round with trees of the host; unless `alone`, since a draft may follow, keep more under way.
+
+        The next round's taps overwrite those of the one before: who reads them is alone.
+        """
         requests, cache = context.requests, context.cache
         batch, rows = padded_batch(len(requests)), padded_rows(1 + max(len(tree) for tree in trees))
         inputs, lane = self.fast.inputs(batch, rows), self._lane(batch, rows)
