@@ -132,11 +132,11 @@ def time_passes(name: str, target: Target, cases: list[tuple[int, int, int]]) ->
                 target.through("readable").run(block, cache)
                 cache.drop()
 
-            ms = milliseconds(fast, repeats=40, warm=40)
-            floor = 1e3 * pass_bytes(target, batch * context) / bandwidth()
+            ms, rate = milliseconds(fast, warm=40), bandwidth()
+            floor = 1e3 * pass_bytes(target, batch * context) / rate
             modules = milliseconds(slow, repeats=5, warm=1) if batch * rows <= 64 else None
             row = {"model": name, "batch": batch, "rows": rows, "context": context, "ms": ms, "floor_ms": floor,
-                   "of_floor": ms / floor, "modules_ms": modules}  # fmt: skip
+                   "of_floor": ms / floor, "copy_bytes_per_second": rate, "modules_ms": modules}  # fmt: skip
             print(json.dumps({k: round(v, 3) if isinstance(v, float) else v for k, v in row.items()}), flush=True)
             rows_out.append(row)
             del cache

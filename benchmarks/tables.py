@@ -68,11 +68,12 @@ def pass_table(result: dict[str, Any]) -> str:
             f"{row['floor_ms']:.2f} | {row['of_floor']:.2f}x | {modules} |"
         )
     about = result["about"]
+    rates = [row.get("copy_bytes_per_second", about["copy_bytes_per_second"]) / 1e12 for row in result["pass"]]
+    spread = f"{min(rates):.2f}" if min(rates) == max(rates) else f"{min(rates):.2f} to {max(rates):.2f}"
     lines.append("")
     lines.append(
         f"{about['device']}, bfloat16, random weights, medians of 30 replays; floor: bytes a pass must read over "
-        f"{about['copy_bytes_per_second'] / 1e12:.2f} TB/s, a copy's rate in the same run. torch {about['torch']}, "
-        f"transformers {about['transformers']}."
+        f"{spread} TB/s, a copy's rate in the same run. torch {about['torch']}, transformers {about['transformers']}."
     )
     return "\n".join(lines) + "\n"
 
