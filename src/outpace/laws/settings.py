@@ -114,11 +114,6 @@ class Settings:
         """Whether every token is the most likely one."""
         return self.temperature == 0
 
-    @property
-    def truncates(self) -> bool:
-        """Whether unlikely tokens are left out."""
-        return self.top_k is not None or (self.top_p is not None and self.top_p < 1.0) or bool(self.min_p)
-
     def replace(self, **changes: Any) -> Settings:
         """A copy with some settings changed.
 

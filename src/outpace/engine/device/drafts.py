@@ -12,7 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
-from outpace.engine.device.kernels import gumbel_of, gumbel_words, path_number
+from outpace.engine.device.kernels import gumbel_tile, path_number
 from outpace.target.fast.launch import dependent_launch, enter_kernel, launch_options
 
 if TYPE_CHECKING:
@@ -51,11 +51,8 @@ def _noise_kernel(
     inside = at < V
     noise = tl.zeros([BLOCK], tl.float32)
     if tl.load(KINDS + request) > 0:
-        x0, x1, x2, x3 = gumbel_words(
-            tl.load(SEEDS + request), tl.load(REQUESTS + request), tl.load(LENGTHS + request) + 1 + ahead,
-            tile * (BLOCK // 4) + tl.arange(0, BLOCK // 4),
-        )  # fmt: skip
-        noise = gumbel_of(tl.interleave(tl.interleave(x0, x2), tl.interleave(x1, x3)))
+        position = tl.load(LENGTHS + request) + 1 + ahead
+        noise = gumbel_tile(tl.load(SEEDS + request), tl.load(REQUESTS + request), position, tile, BLOCK)
     place = (request * STEPS + ahead).to(tl.int64)
     tl.store(NOISE + place * V + at, noise, mask=inside)
     if APART:

@@ -40,16 +40,18 @@ def path_number(seed, identity, position):  # noqa: ANN201  # Triton's language
 
 
 @triton.jit
-def gumbel_words(seed, identity, position, counter):  # noqa: ANN201  # Triton's language
-    """The four words behind the Gumbel noise of ids 4 * counter to 4 * counter + 3: `laws.Noise.gumbel`."""
+def gumbel_tile(seed, identity, position, tile, BLOCK: tl.constexpr):  # noqa: ANN201  # Triton's language
+    """The Gumbel noise of a position for ids tile * BLOCK on, [BLOCK] float32: `laws.Noise.gumbel`."""
+    counter = tile * (BLOCK // 4) + tl.arange(0, BLOCK // 4)
     place = counter.to(tl.uint32) * 0 + position.to(tl.uint32)
     low = (identity & 0xFFFFFFFF).to(tl.uint32) + place * 0
     high = ((identity >> 32) & 0xFFFFFFFF).to(tl.uint32) + place * 0
-    return tl.philox(seed, place, low, high, counter.to(tl.uint32) | 0x40000000)
+    x0, x1, x2, x3 = tl.philox(seed, place, low, high, counter.to(tl.uint32) | 0x40000000)
+    return _gumbel_of(tl.interleave(tl.interleave(x0, x2), tl.interleave(x1, x3)))
 
 
 @triton.jit
-def gumbel_of(word):  # noqa: ANN201  # Triton's language
+def _gumbel_of(word):
     """`laws.noise.gumbel_of`: log1p is made of log, exact where 1 - w was rounded."""
     w = tl.minimum((word.to(tl.float32) + 0.5) * 2.3283064365386963e-10, 0.99999994)
     left = 1.0 - w
@@ -81,17 +83,14 @@ def _peaks_kernel(
     looked_up = True
     if RACED:
         looked_up = tl.load(KINDS + request) == 0
-        if not looked_up and STEPS > 0:
-            step = tl.load(POSITIONS + row) - tl.load(POSITIONS + request * R)
-            noise = tl.load(NOISE + (request * STEPS + step) * V + at, mask=inside, other=0.0)
+        if not looked_up:
+            position = tl.load(POSITIONS + row)
+            if STEPS > 0:
+                step = position - tl.load(POSITIONS + request * R)
+                noise = tl.load(NOISE + (request * STEPS + step) * V + at, mask=inside, other=0.0)
+            else:
+                noise = gumbel_tile(tl.load(SEEDS + request), tl.load(REQUESTS + request), position + 1, tile, BLOCK)
             logits = logits / tl.load(TEMPERATURE + request) + noise
-        if not looked_up and STEPS == 0:
-            x0, x1, x2, x3 = gumbel_words(
-                tl.load(SEEDS + request), tl.load(REQUESTS + request), tl.load(POSITIONS + row) + 1,
-                tile * (BLOCK // 4) + tl.arange(0, BLOCK // 4),
-            )  # fmt: skip
-            words = tl.interleave(tl.interleave(x0, x2), tl.interleave(x1, x3))
-            logits = logits / tl.load(TEMPERATURE + request) + gumbel_of(words)
     peak = tl.max(logits, 0)
     tl.store(PEAKS + row * TILES + tile, peak)
     tl.store(IDS + row * TILES + tile, tl.min(tl.where((logits == peak) & inside, at, V), 0))
